@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTRIBUTION', 'EXTRAS', 'Finding', 'examine', 'doctor_command']
 
-# %% ../../nbs/cli/20_doctor.ipynb #66d2fe52
+# %% ../../nbs/cli/20_doctor.ipynb #6e98763a
 import importlib.metadata as metadata
 import os, platform, shutil, sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import AigcError
-from ..core.settings import Settings, settings, user_folder, workspace
+from ..core.settings import Settings, settings, workspace
 
 # %% ../../nbs/cli/20_doctor.ipynb #5ef8370c
 class Finding(BaseModel):
