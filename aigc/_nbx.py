@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from nbdev.config import add_init, get_config
-from nbdev.doclinks import _build_modidx
-from nbdev.export import nb_export, nbdev_export
+from nbdev.doclinks import _build_modidx, nbdev_export
+from nbdev.export import nb_export
 
 
 class Route:
@@ -113,7 +113,7 @@ def docs():
 def main():
     command, *rest = sys.argv[1:] or [""]
     if command == "export":
-        nbdev_export.__wrapped__() if hasattr(nbdev_export, "__wrapped__") else nbdev_export()
+        nbdev_export()
         (get_config().nbs_path / "llms.txt").unlink(missing_ok=True)
     elif command == "update": update(*rest)
     elif command == "clean":
@@ -126,4 +126,6 @@ def main():
     else: sys.exit(__doc__)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    from aigc._nbx import main  # nbdev's commands read sys.argv themselves when their caller is __main__
+    main()
