@@ -35,7 +35,7 @@ class Message(BaseModel):
         "What a chat template gets: only the fields that are there."
         return self.model_dump(exclude_none=True)
 
-# %% ../../nbs/data/00_records.ipynb #9a20832d
+# %% ../../nbs/data/00_records.ipynb #e52dd128
 class Record(BaseModel):
     """One example: `messages`, or `prompt` with `chosen` and `rejected`.
 
@@ -80,7 +80,7 @@ class Record(BaseModel):
     def answer(self) -> str:
         "What the model should say, as plain text: the last assistant message, or `chosen`. Tool calls count as their JSON."
         said = self.chosen if self.messages is None else self.messages[_answer_at(self.messages):][:1]
-        return "\n".join(m.content or json.dumps(m.tool_calls, ensure_ascii=False) for m in said)
+        return "\n".join(json.dumps(m.tool_calls, ensure_ascii=False) if m.content is None else m.content for m in said)
 
 
 def _answer_at(messages: list[Message]) -> int:
