@@ -8,6 +8,8 @@
     python -m aigc._nbx docs              nbs/ → _docs/, plain HTML without a link to anybody else's server
 """
 import html
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -77,34 +79,67 @@ img{{max-width:100%}} table{{border-collapse:collapse;display:block;overflow:aut
 ROOMS = ("core", "models", "data", "train", "quant", "kernels", "evals", "run", "serve", "cli", "jobs", "tutorials")
 
 
+def _only_imports_run(notebook: Path):
+    "nbdev executes exported cells and every cell that imports, to make its tables; a lesson that happens to import would run without its predecessors."
+    import ast
+    import nbformat
+    nb = nbformat.read(notebook, 4)
+    for cell in nb.cells:
+        if cell.cell_type != "code" or "#| export" in cell.source: continue
+        try: pure = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body)
+        except SyntaxError: pure = False  # a magic
+        if not pure: cell.source = "#| eval: false\n" + cell.source
+    nbformat.write(nb, notebook)
+
+
+def _page(processed: Path, root: Path):
+    "A processed notebook as `(path of its page, title, notebook)`: nbdev's front matter becomes a heading, its tables become text."
+    import nbformat
+    import yaml
+    data = json.loads(processed.read_text(encoding="utf-8"))
+    front, cells = {}, []
+    for cell in data["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "raw": front |= yaml.safe_load(source.strip().strip("-")) or {}; continue
+        if cell["cell_type"] == "markdown": cells.append(nbformat.v4.new_markdown_cell(source)); continue
+        if cell.get("has_sd"):  # the table of a function: its signature, parameters and docstring
+            tables = ["".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
+            cells += [nbformat.v4.new_markdown_cell(re.sub(r"^---\s*\n|\[source\]\([^)]*\)\{[^}]*\}", "", t, flags=re.M)) for t in tables]
+            continue
+        cell["source"] = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
+        cells.append(nbformat.v4.new_code_cell(cell["source"], outputs=[nbformat.from_dict(o) for o in cell["outputs"]]))
+    title = str(front.get("title", processed.stem)).replace("`", "")
+    cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title}\n> {front.get('description', '')}"))
+    return processed.relative_to(root).with_name(front.get("output-file", processed.stem + ".html")), title, nbformat.v4.new_notebook(cells=cells)
+
+
 def docs():
     "The documentation: every notebook as a page, with nbdev's tables of parameters, a navigation and no link to a CDN."
-    import nbformat
     from nbconvert import HTMLExporter
     from nbdev.serve import proc_nbs
     config = get_config()
     _build_modidx()
-    made = proc_nbs(str(config.nbs_path), n_workers=0, force=True)
+    source = config.config_path / "_docs_source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(config.nbs_path, source)
+    for notebook in source.rglob("*.ipynb"): _only_imports_run(notebook)
+    made = proc_nbs(str(source), n_workers=0, force=True)
+    shutil.rmtree(source)
     out = config.config_path / "_docs"
     shutil.rmtree(out, ignore_errors=True)
-    pages = [n for room in ("", *ROOMS) for n in sorted((made / room).glob("*.ipynb"))]
-    titles = {}
-    for page in pages:
-        cells = nbformat.read(page, 4).cells
-        titles[page] = next((line[2:].strip() for c in cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")), page.stem)
+    pages = [_page(n, made) for room in ("", *ROOMS) for n in sorted((made / room).glob("*.ipynb"))]
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    for page in pages:
-        here = page.relative_to(made)
+    for here, title, nb in pages:
         up = "../" * (len(here.parts) - 1)
         nav, room = "", None
-        for other in pages:
-            there = other.relative_to(made)
+        for there, name, _ in pages:
             if len(there.parts) > 1 and there.parts[0] != room: room = there.parts[0]; nav += f"<b>{room}</b>"
-            nav += f'<a{" class=here" if other == page else ""} href="{up}{there.with_suffix(".html").as_posix()}">{html.escape(titles[other].replace("`", ""))}</a>'
-        body, _ = exporter.from_filename(str(page))
-        target = out / here.with_suffix(".html")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(PAGE.format(title=html.escape(titles[page]), nav=nav, up=up, body=body.replace(".ipynb", ".html")), encoding="utf-8")
+            nav += f'<a{" class=here" if there == here else ""} href="{up}{there.as_posix()}">{html.escape(name)}</a>'
+        body, _ = exporter.from_notebook_node(nb)
+        body = re.sub(r'href="/(\w+/\w+\.html)', rf'href="{up}\1', body)
+        body = re.sub(r'href="([^":]*?)(?:\d\d_)?(\w+)\.ipynb', r'href="\1\2.html', body)
+        (out / here).parent.mkdir(parents=True, exist_ok=True)
+        (out / here).write_text(PAGE.format(title=html.escape(title), nav=nav, up=up, body=body), encoding="utf-8")
     if (config.nbs_path / "images").is_dir(): shutil.copytree(config.nbs_path / "images", out / "images")
     shutil.rmtree(made, ignore_errors=True)
     print(f"{len(pages)} pages in {out}")
