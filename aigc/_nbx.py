@@ -79,8 +79,9 @@ img{{max-width:100%}} table{{border-collapse:collapse;display:block;overflow:aut
 ROOMS = ("core", "models", "data", "train", "quant", "kernels", "evals", "run", "serve", "cli", "jobs", "tutorials")
 
 
-def _only_imports_run(notebook: Path):
-    "nbdev executes exported cells and every cell that imports, to make its tables; a lesson that happens to import would run without its predecessors."
+def _prepare(notebook: Path):
+    """nbdev executes exported cells and every cell that imports, to make its tables; a lesson that happens to import would run without its
+    predecessors, so only pure import cells are left to it."""
     import ast
     import nbformat
     nb = nbformat.read(notebook, 4)
@@ -89,7 +90,18 @@ def _only_imports_run(notebook: Path):
         try: pure = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body)
         except SyntaxError: pure = False  # a magic
         if not pure: cell.source = "#| eval: false\n" + cell.source
+    head = nb.cells[next(i for i, c in enumerate(nb.cells) if c.cell_type == "markdown")]
+    title, _, rest = head.source.partition("\n\n")  # nbdev reads the whole title cell as front matter: what follows the title gets a cell of its own
+    if title.startswith("# ") and rest:
+        head.source = title
+        nb.cells.insert(nb.cells.index(head) + 1, nbformat.v4.new_markdown_cell(rest))
     nbformat.write(nb, notebook)
+
+
+def _joined(output: dict) -> dict:
+    "An output with its lists of lines joined, as nbformat holds it in memory."
+    def text(value): return "".join(value) if isinstance(value, list) else value
+    return {k: {m: text(v) for m, v in value.items()} if k == "data" else text(value) if k == "text" else value for k, value in output.items()}
 
 
 def _page(processed: Path, root: Path):
@@ -107,7 +119,7 @@ def _page(processed: Path, root: Path):
             cells += [nbformat.v4.new_markdown_cell(re.sub(r"^---\s*\n|\[source\]\([^)]*\)\{[^}]*\}", "", t, flags=re.M)) for t in tables]
             continue
         cell["source"] = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
-        cells.append(nbformat.v4.new_code_cell(cell["source"], outputs=[nbformat.from_dict(o) for o in cell["outputs"]]))
+        cells.append(nbformat.v4.new_code_cell(cell["source"], outputs=[nbformat.from_dict(_joined(o)) for o in cell["outputs"]]))
     title = str(front.get("title", processed.stem)).replace("`", "")
     cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title}\n> {front.get('description', '')}"))
     return processed.relative_to(root).with_name(front.get("output-file", processed.stem + ".html")), title, nbformat.v4.new_notebook(cells=cells)
@@ -122,7 +134,7 @@ def docs():
     source = config.config_path / "_docs_source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(config.nbs_path, source)
-    for notebook in source.rglob("*.ipynb"): _only_imports_run(notebook)
+    for notebook in source.rglob("*.ipynb"): _prepare(notebook)
     made = proc_nbs(str(source), n_workers=0, force=True)
     shutil.rmtree(source)
     out = config.config_path / "_docs"
