@@ -82,7 +82,7 @@ def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         parts.append((x.exp() * (x - y)).sum(-1).clamp(min=0))  # rounding can leave −1e−8
     return torch.cat(parts)
 
-# %% ../../nbs/evals/04_drift.ipynb #47c483ef
+# %% ../../nbs/evals/04_drift.ipynb #3635669a
 @dataclass(frozen=True)
 class Drift:
     "KL(a‖b) in nats per answer token and the share of answer tokens on which both models' first choice is the same."
@@ -94,7 +94,7 @@ class Drift:
     sequences: int
 
     def __str__(self):
-        return f"KL {self.kl.show('.4f')} nats per token (median {self.kl_median:.4f}, 99 % below {self.kl_p99:.3f}), same first choice {self.top1}, {self.tokens} tokens of {self.sequences} answers"
+        return f"KL {self.kl.show('.4f')} nats per token (median {self.kl_median:.4f}, 99% below {self.kl_p99:.3f}), same first choice {self.top1}, {self.tokens} tokens of {self.sequences} answers"
 
     def to_dict(self) -> dict: return asdict(self)
 
