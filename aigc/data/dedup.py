@@ -37,14 +37,14 @@ def shingles(text: str, n: int = 3) -> frozenset[str]:
     t = tokens(text)
     return frozenset(" ".join(t[i:i+n]) for i in range(max(1, len(t) - n + 1))) if t else frozenset()
 
-# %% ../../nbs/data/40_dedup.ipynb #117cf3b0
+# %% ../../nbs/data/40_dedup.ipynb #1336201a
 def jaccard(a: frozenset, b: frozenset) -> float:
     "Size of the intersection over size of the union; 0 when both are empty."
     both = len(a & b)
     return both/(len(a) + len(b) - both) if both else 0.0
 
 
-def shingle_sets(texts: Sequence[str], n: int = 3, common: float = 0.2, at_least: int = 50) -> list[frozenset[str]]:
+def shingle_sets(texts: Sequence[str], n: int = 3, common: float = 0.2, at_least: int = 10) -> list[frozenset[str]]:
     "The shingles of each text, without those of more than a share `common` of the texts (and of more than `at_least` texts). A text made of nothing else keeps all."
     sets = [shingles(t, n) for t in texts]
     count = Counter(s for each in sets for s in each)
