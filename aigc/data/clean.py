@@ -200,7 +200,7 @@ def docstring_rules(records: Iterable[Record], *, max_answer: int = 100) -> list
         Rule("stub", "the body is pass, ... or 'not implemented'", stub),
         Rule("answer_in_source", "the sentence stands word for word in the code", answer_in_source)]
 
-# %% ../../nbs/data/30_clean.ipynb #1284d4fe
+# %% ../../nbs/data/30_clean.ipynb #b13c97f1
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -217,4 +217,5 @@ def chat_rules(*, max_record_chars: int = 20_000) -> list[Rule]:
         Rule("empty_prompt", "nothing was asked", lambda r: r.ask if not r.ask.strip() else None),
         Rule("too_long", f"more than {max_record_chars:,} characters", lambda r: n if (n := len(r.ask) + len(r.answer)) > max_record_chars else None),
         Rule("unreadable", "over 1 % of it are replacement or control characters", _unreadable),
+        Rule("disliked", "its label says that somebody rejected the answer", lambda r: "label: false" if r.meta.get("label") is False else None),
         Rule("echo", "the answer repeats the question", lambda r: r.answer if r.answer.strip() == r.ask.strip() else None)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMS', 'detect', 'convert', 'data_files', 'read_data', 'check_share']
 
-# %% ../../nbs/data/10_formats.ipynb #ac8dd7f6
-import gzip, json
+# %% ../../nbs/data/10_formats.ipynb #c35b8b38
+import difflib, gzip, json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..core.settings import settings
 from .clean import Drop
 from .records import SPLITS, Message, Record, numbered_lines, parse_line, to_record
 
-# %% ../../nbs/data/10_formats.ipynb #99106f42
+# %% ../../nbs/data/10_formats.ipynb #c4a07f6b
 FORMS = {"messages": "messages", "conversations": "conversations (ShareGPT)", "preference": "prompt/chosen/rejected", "instruction": "instruction/input/output (Alpaca)", "prompt": "prompt/completion"}
 _PAIRS = [("prompt", "completion"), ("prompt", "response"), ("prompt", "output"), ("query", "response"), ("question", "answer"), ("input", "output")]
 
@@ -24,8 +24,8 @@ _PAIRS = [("prompt", "completion"), ("prompt", "response"), ("prompt", "output")
 def detect(row: dict[str, Any]) -> str | None:
     "The form of a row, one of `FORMS`; None when its fields fit none."
     if "messages" in row: return "messages"
+    if "chosen" in row and "rejected" in row and not {"instruction", "output"} <= row.keys(): return "preference" if "prompt" in row else None
     if "conversations" in row: return "conversations"
-    if {"prompt", "chosen", "rejected"} <= row.keys(): return "preference"
     if "instruction" in row and ("output" in row or "response" in row): return "instruction"
     return "prompt" if any(a in row and b in row for a, b in _PAIRS) else None
 
@@ -96,7 +96,7 @@ def _message(message: Any, at: str) -> Any:
         m["content"] = "".join(p["text"] for p in m["content"])
     return m
 
-# %% ../../nbs/data/10_formats.ipynb #193459bf
+# %% ../../nbs/data/10_formats.ipynb #9ebcc500
 _READ = {"messages": _messages, "conversations": _conversations, "instruction": _instruction, "prompt": _prompt, "preference": _preference}
 
 
@@ -105,7 +105,8 @@ def convert(row: dict[str, Any], place: str, *, fallback_id: str, source: str = 
     form = detect(row)
     if form is None:
         known = [f for pair in _PAIRS for f in pair] + ["messages", "conversations", "instruction", "chosen", "rejected"]
-        guess = next((f"'{k}': did you mean '{n}'?" for k in row if k not in known and (n := nearest(k, known))), f"known forms: {', '.join(FORMS.values())}")
+        guess = next((f"'{k}': did you mean '{n[0]}'?" for k in row if k not in known and (n := difflib.get_close_matches(str(k), known, n=1, cutoff=0.75))), f"known forms: {', '.join(FORMS.values())}")
+        if "chosen" in row and "rejected" in row: guess = "write a preference as prompt, chosen and rejected"
         raise AigcError(f"the fields fit no known form ({', '.join(map(str, row)) or 'there are none'})", place=place, remedy=guess)
     try:
         parts, used = _READ[form](row)

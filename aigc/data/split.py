@@ -36,7 +36,7 @@ def components(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> l
     for i in range(len(records)): found.setdefault(find(i), []).append(i)
     return list(found.values())
 
-# %% ../../nbs/data/60_split.ipynb #90cd7aaf
+# %% ../../nbs/data/60_split.ipynb #8d374ef5
 def _assign(parts: list[list[int]], records: Sequence[Record], shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
     rest, *held_out = shares  # the first split takes what is left
     order = sorted(parts, key=lambda p: hashlib.sha256(f"{seed} {min(records[i].id for i in p)}".encode()).digest())
@@ -44,7 +44,7 @@ def _assign(parts: list[list[int]], records: Sequence[Record], shares: Mapping[s
     for name in held_out:
         target = max(1, round(shares[name]*len(records)))
         for part in list(order):
-            if len(order) > 1 and len(part) <= max(1, target//4) and len(chosen[name]) + len(part) <= target: chosen[name] += part; order.remove(part)
+            if len(order) > 1 and len(part) <= max(8, target//4) and len(chosen[name]) + len(part) <= target: chosen[name] += part; order.remove(part)
         if not chosen[name] and len(order) > 1:  # few, large groups: the smallest is better than nothing
             part = min(order, key=len)
             chosen[name] += part; order.remove(part)
