@@ -71,7 +71,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, int | float | str] = Field(default_factory=dict, description="the last value of each")
     error: RunError | None = None
 
-# %% ../../nbs/run/30_record.ipynb #fc1e6cf4
+# %% ../../nbs/run/30_record.ipynb #35dcbf4d
 RESERVE_BYTES = 65536  # a run.json is a few kilobytes; metrics and an error's traceback may add some
 
 
@@ -84,13 +84,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    "Write `run.json`; secrets of this environment are blanked. Uses up the run's reserve when the disk is full."
+    "Write `run.json`; secrets of this environment are blanked. A record that is not `running` any more may use up the run's reserve on a full disk."
     clean = record.model_copy(update={n: redact_data(getattr(record, n)) for n in ("parameters", "key_parts", "metrics")})
     if record.error: clean.error = RunError(**redact_data(record.error.model_dump()))
     text = clean.model_dump_json(by_alias=True, indent=1)
     try: write_whole(folder/"run.json", text)
     except OSError:
-        if not (folder/".reserve").exists(): raise
+        if record.status == "running" or not (folder/".reserve").exists(): raise
         (folder/".reserve").unlink()
         write_whole(folder/"run.json", text)
 
