@@ -98,7 +98,7 @@ def data_digest(parts: Mapping[str, Sequence[Record]]) -> str:
         for r in parts[name]: whole.update(f"{name} {to_line(r)}\n".encode())
     return whole.hexdigest()
 
-# %% ../../nbs/data/70_card.ipynb #493385d7
+# %% ../../nbs/data/70_card.ipynb #e7cb14dc
 def _line(*cells: Any) -> str: return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for c in cells) + " |"
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -106,9 +106,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def _seen(d: Drop) -> str:
     value = d.value if isinstance(d.value, str) else json.dumps(d.value, ensure_ascii=False)
-    return f"{d.text[:70]}" + ("" if value == d.text else f" ({value[:70]})" if d.text else value[:120])
+    return value[:120] if value.startswith(d.text) else f"{d.text[:70]} ({value[:70]})"
 
-# %% ../../nbs/data/70_card.ipynb #3abb3213
+# %% ../../nbs/data/70_card.ipynb #ecb80a46
 def card_markdown(card: Card) -> str:
     "The card for people."
     out = [f"## Dataset `{card.name}`", "", card.what, "",
@@ -120,19 +120,19 @@ def card_markdown(card: Card) -> str:
     out += ["### What happened on the way", "", *_table(["step", "in", "out", "dropped"], [[s.name, f"{s.before:,}", f"{s.after:,}", f"{s.before-s.after:,}"] for s in card.steps])]
     drops = [[f"`{reason}`", s.name, f"{n:,}", _seen(s.examples[reason]) if reason in s.examples else ""] for s in card.steps for reason, n in s.dropped.items()]
     if drops: out += ["| reason | step | records | an example (value seen) |", "|---|---|---:|---|", *(_line(*d) for d in drops), ""]
-    changed = [f"{what} in {n:,}" for s in card.steps for what, n in s.changed.items()]
+    changed = [f"{what} in {n:,}" for what, n in sum((Counter(s.changed) for s in card.steps), Counter()).most_common()]
     if changed: out += [f"Changed: {', '.join(changed)}.", ""]
     if card.unreadable: out += [f"{card.unreadable:,} files or rows could not be read; `rejected.jsonl` has every one with its reason.", ""]
     return "\n".join([*out, *(f"> {note}\n" for note in card.notes)])
 
-# %% ../../nbs/data/70_card.ipynb #eb6f0e48
+# %% ../../nbs/data/70_card.ipynb #3d1f1dbd
 class Picture:
     "A figure that shows itself in a notebook and can be saved; no global state of matplotlib is touched."
     def __init__(self, figure): self.figure = figure
 
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
-        self.figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+        self.figure.savefig(out, format="png", dpi=88, metadata={"Software": None})
         return out.getvalue()
 
     def save(self, path: str | Path) -> None:
@@ -192,7 +192,7 @@ def removed_picture(steps: Sequence[Step | StepFacts]) -> Picture:
     if not bars: ax.text(0.5, 0, "nothing was taken out", ha="center"); ax.set_yticks([])
     return Picture(figure)
 
-# %% ../../nbs/data/70_card.ipynb #554835b2
+# %% ../../nbs/data/70_card.ipynb #905cbb76
 def split_picture(parts: Mapping[str, Sequence[Record]]) -> Picture:
     "Splits as bars; each stripe is one group (a module), so that it is seen whether one of them dominates."
     figure, axes = _figure(1, 1, 8, 0.7 + 0.42*len(parts))
@@ -200,7 +200,8 @@ def split_picture(parts: Mapping[str, Sequence[Record]]) -> Picture:
     for y, (name, records) in enumerate(parts.items()):
         sizes = sorted(Counter(r.group or r.id for r in records).values(), reverse=True)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if sizes else []
-        ax.barh([y]*len(sizes), sizes, left=starts, color=COLOURS.get(name, "grey"), height=0.7, edgecolor="white", linewidth=0.4 if len(sizes) < 200 else 0)
+        for shade in (0, 1):  # neighbours differ
+            ax.barh([y]*len(sizes[shade::2]), sizes[shade::2], left=starts[shade::2], color=COLOURS.get(name, "grey"), alpha=1 - 0.35*shade, height=0.7, linewidth=0)
         ax.text(len(records) + total*0.01, y, f"{len(records):,} in {len(sizes):,} groups, the largest {sizes[0] if sizes else 0:,}", va="center", fontsize=9)
     ax.set_yticks(range(len(parts)), list(parts), fontsize=9)
     ax.set_xlim(0, total*1.32); ax.set_ylim(len(parts) - 0.5, -0.5); ax.set_xlabel("records; a stripe is a group", fontsize=9)

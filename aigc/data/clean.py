@@ -41,7 +41,7 @@ def drop(record: Record, step: str, reason: str, value: Any) -> Drop:
     text = record.answer
     return Drop(id=record.id, place=place_of(record), step=step, reason=reason, value=value, text=text if len(text) <= 200 else text[:199] + "…")
 
-# %% ../../nbs/data/30_clean.ipynb #f18cb417
+# %% ../../nbs/data/30_clean.ipynb #ed04d521
 @dataclass
 class Step:
     "One stage of the preparation: records that went on, drops with reasons, and how many records it changed, by kind of change."
@@ -72,8 +72,8 @@ class Step:
 
 def _example(d: Drop) -> str:
     value = d.value if isinstance(d.value, str) else json.dumps(d.value, ensure_ascii=False)
-    seen = "" if value == d.text else f" <i>({html.escape(value[:60])})</i>"
-    return f"{html.escape(d.text[:90])}{seen} <span style='opacity:.6'>{html.escape(d.place)}</span>"
+    shown = html.escape(value[:150]) if value.startswith(d.text) else f"{html.escape(d.text[:90])} <i>({html.escape(value[:60])})</i>"
+    return f"{shown} <span style='opacity:.6'>{html.escape(d.place)}</span>"
 
 # %% ../../nbs/data/30_clean.ipynb #a315a22c
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def unfinished(r: Record):
     if "next_line" in r.meta and not r.answer.endswith((".", "!", "?")): return f"{r.answer} ⏎ {r.meta['next_line']}"
     if r.answer.rstrip(".").rstrip().endswith((":", ",", ";", "-", "(", "=", "...")) or r.answer.lower().endswith(("e.g.", "i.e.", "..")): return r.answer
 
-# %% ../../nbs/data/30_clean.ipynb #fb0a9fe0
-_SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(->|=>|<==>|:|--|\.?$)|->|=>|<=+>|::=|>>>|^\w[\w.-]* = ")
+# %% ../../nbs/data/30_clean.ipynb #50b8db0e
+_SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(->|=>|<==>|:|--|\.?$)|->|=>|<=+>|::=|>>>|^\w[\w.-]* = |^[Ss]ame as (not |abs\(|[-+~]?[a-z]\b)")
 
 
 def not_a_sentence(r: Record):
@@ -166,9 +166,9 @@ def answer_in_source(r: Record):
     text = r.answer.rstrip(".").lower()
     return r.answer if len(text) >= 15 and text in " ".join(r.ask.split()).lower() else None
 
-# %% ../../nbs/data/30_clean.ipynb #a46831dd
+# %% ../../nbs/data/30_clean.ipynb #0ad9e07d
 _SMALL = {"en": "the of to a in is and for if that this with from by on or as an be it not are all do no so you we its was can", "de": "der die das und ist nicht ein eine einen den dem des für mit von wird auf zu",
-          "fr": "le la les des une est pour dans et du que qui sur par avec", "es": "el los las una para con del que por es se su como", "it": "il lo gli una per con del della che di non è", "pt": "o os uma para com do da que não em por é"}
+          "fr": "le la les des une est pour dans et du que qui sur par avec", "es": "el los las una para con del que por es se su como", "it": "il lo gli una con del della che di è sono", "pt": "o os uma para com do da que não em por é"}
 _SMALL = {language: set(words.split()) for language, words in _SMALL.items()}
 
 
