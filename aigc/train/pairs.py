@@ -16,12 +16,15 @@ from ..core.errors import AigcError
 from ..data.records import Message, Record
 from ..models.generate import Completion, Generator, Request
 
-# %% ../../nbs/train/50_pairs.ipynb #f9c43f88
-Chosen = Literal["sample", "reference"]
+# %% ../../nbs/train/50_pairs.ipynb #c165315d
+Chosen = Literal["sample", "reference", "mixed"]
 
 
 def pick(answers: Sequence[tuple[str, bool]], reference: str, score: Callable[[str, str], float], *, margin: float, chosen: Chosen = "sample") -> tuple[tuple[str, float], tuple[str, float]] | str:
     """`((chosen, score), (rejected, score))` out of `(answer, ended)` pairs, or the reason why there is no pair."""
+    if chosen == "mixed":
+        own = pick(answers, reference, score, margin=margin)
+        return pick(answers, reference, score, margin=margin, chosen="reference") if isinstance(own, str) else own
     scored: dict[str, tuple[float, bool]] = {}
     for text, ended in answers:
         if text.strip(): scored.setdefault(" ".join(text.split()), (score(text.strip(), reference), ended))

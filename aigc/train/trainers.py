@@ -205,17 +205,18 @@ def _run(config: TrainConfig, model: str, train: Fitting, validation: Fitting | 
     return Trained(work/"result", kind, base, config.method, history, trainer.state.global_step, trainer.state.best_global_step or trainer.state.global_step,
                    time.monotonic() - start, int(checkpoint.name.split("-")[1]) if checkpoint else 0, len(train.rows), train.dropped, _example(trainer))
 
-# %% ../../nbs/train/40_trainers.ipynb #90573f09
+# %% ../../nbs/train/40_trainers.ipynb #f4b3900e
 def train(config: TrainConfig, model: str, records: Sequence[Record], validation: Sequence[Record] = (), *, folder: str | Path,
-          store: Store | None = None, log: Callable[..., Any] | None = None) -> Trained:
+          limit: int = 0, validation_limit: int = 0, store: Store | None = None, log: Callable[..., Any] | None = None) -> Trained:
     """Train `model` (alias, folder, reference, Hub id) on `records`, keeping checkpoints and result below `folder`.
 
+    The limits are numbers of rows that fit, taken from the front; 0 means all.
     With `validation` records the weights of the best check are the result, without them the last ones. `log` gets every logged row
     (`step=…, loss=…`). The same call again goes on from the last checkpoint. Raises `AigcError` when rows do not fit or the run degenerates."""
     if config.patience and not validation: raise UsageError("patience needs validation records", place="training configuration, field 'patience'", remedy="give some, or set it to 0")
     tokenizer, base = load_tokenizer(model, store), model_ref(model, store)
-    fits = [fitting(tokenizer, r, config.method, max_length=config.max_length, dropped_share=config.dropped_share, place=f"{name} data") if r else None
-            for name, r in (("training", records), ("validation", validation))]
+    fits = [fitting(tokenizer, r, config.method, max_length=config.max_length, dropped_share=config.dropped_share, limit=n, place=f"{name} data") if r else None
+            for name, r, n in (("training", records, limit), ("validation", validation, validation_limit))]
     if fits[0] is None: raise AigcError("there are no rows", place="training data")
     work = Path(folder)/f"{config.method}-{run_digest(config, base, *fits)}"
     if (ended := work/"trained.json").is_file():
