@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.errors import UsageError, unknown
 
-# %% ../../nbs/train/00_config.ipynb #63937fd0
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"dpo": dict(learning_rate=5e-5, batch_size=4, check_steps=10)}  # a preference loss needs far smaller steps
+# %% ../../nbs/train/00_config.ipynb #428b00a6
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"dpo": dict(learning_rate=5e-5, batch_size=4, log_steps=2, check_steps=10)}  # a preference loss needs far smaller steps
 DPO_ONLY = ("beta", "loss", "sft_weight")
 
 

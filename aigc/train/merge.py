@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROBES', 'save_model', 'Merged', 'merge_adapter']
 
-# %% ../../nbs/train/30_merge.ipynb #d16c982a
-import json, math
+# %% ../../nbs/train/30_merge.ipynb #9bccc941
+import json, math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ PROBES = ["Write the one-line docstring of this Python function.\n```python\ndef
 @torch.no_grad()
 def _logits(model, batches: list[torch.Tensor]) -> list[torch.Tensor]: return [model(input_ids=ids).logits[0].float().cpu() for ids in batches]
 
-# %% ../../nbs/train/30_merge.ipynb #f5da54bb
+# %% ../../nbs/train/30_merge.ipynb #1393ea28
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None, store: Store | None = None, dtype: torch.dtype | None = None,
                   probes: Sequence[str] = PROBES, bound: float = 1e-2, device: str | None = None) -> Merged:
     """Merge `adapter` (folder or store reference) into its base and write the whole model to the folder `out`.
@@ -77,7 +77,9 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     batches = [tokenizer(render(tokenizer, [{"role": "user", "content": p}], generate=True), add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device) for p in probes]
     adapted = PeftModel.from_pretrained(model, folder).eval()
     before = _logits(adapted, batches)
-    merged = adapted.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+        merged = adapted.merge_and_unload()
     exact = max((a - b).abs().max().item() for a, b in zip(before, _logits(merged, batches)))
     if not exact <= bound:  # a NaN too
         raise AigcError(f"merging moves a logit by {exact:.3g}, more than {bound:g}", place=str(adapter), remedy="check that the adapter was trained on this base")

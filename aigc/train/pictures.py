@@ -32,7 +32,7 @@ def _curve(ax, history: Sequence[Mapping[str, Any]], name: str, **style) -> None
     points = [(r["step"], r[name]) for r in history if name in r]
     if points: ax.plot(*zip(*points), marker="o", markersize=3, lw=1.5, **style)
 
-# %% ../../nbs/train/60_pictures.ipynb #23f32c58
+# %% ../../nbs/train/60_pictures.ipynb #6da8bec0
 def loss_picture(history: Sequence[Mapping[str, Any]], best_step: int = 0) -> Picture:
     "Training and validation loss over the steps; `best_step` marks the weights that were kept. The second panel shows the size of the gradient."
     figure, (left, right) = _panels(2)
@@ -43,7 +43,7 @@ def loss_picture(history: Sequence[Mapping[str, Any]], best_step: int = 0) -> Pi
     left.set_ylabel("loss (nats per learned token)" if not any("reward_margin" in r for r in history) else "loss", fontsize=9); left.legend(fontsize=8, frameon=False)
     _curve(right, history, "grad_norm", color="grey")
     right.set_ylabel("norm of the gradient before clipping", fontsize=9); right.set_ylim(bottom=0)
-    for ax in (left, right): ax.set_xlabel("optimizer step", fontsize=9)
+    for ax in (left, right): ax.set_xlabel("optimizer step", fontsize=9); ax.xaxis.get_major_locator().set_params(integer=True)
     return Picture(figure)
 
 # %% ../../nbs/train/60_pictures.ipynb #1b428274
@@ -60,7 +60,7 @@ def token_length_picture(found: Fitting) -> Picture:
     right.set_xlabel("learned tokens of a row", fontsize=9); right.set_ylabel("rows", fontsize=9)
     return Picture(figure)
 
-# %% ../../nbs/train/60_pictures.ipynb #5ae76a3f
+# %% ../../nbs/train/60_pictures.ipynb #4e72602a
 def preference_picture(history: Sequence[Mapping[str, Any]]) -> Picture:
     "Reward margin and accuracy, and the log-probabilities of chosen and rejected answers, over the steps."
     figure, (left, right) = _panels(2)
@@ -74,7 +74,7 @@ def preference_picture(history: Sequence[Mapping[str, Any]]) -> Picture:
     left.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False)
     _curve(right, history, "logp_chosen", color=GOOD, label="chosen"); _curve(right, history, "logp_rejected", color=BAD, label="rejected")
     right.set_ylabel("log-probability of an answer (nats)", fontsize=9); right.legend(fontsize=8, frameon=False)
-    for ax in (left, right): ax.set_xlabel("optimizer step", fontsize=9)
+    for ax in (left, right): ax.set_xlabel("optimizer step", fontsize=9); ax.xaxis.get_major_locator().set_params(integer=True)
     return Picture(figure)
 
 # %% ../../nbs/train/60_pictures.ipynb #b139f347

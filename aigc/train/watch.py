@@ -58,14 +58,14 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **more): self.steps.close()
 
-# %% ../../nbs/train/20_watch.ipynb #4ff8fe77
+# %% ../../nbs/train/20_watch.ipynb #3e19cc37
 MARK = "complete"
 
 
 class CheckpointMark(TrainerCallback):
     "Mark a checkpoint as complete, after its last file. Each log row ends with a checkpoint at the latest, so that resumed histories are the same."
     def on_step_end(self, args, state, control, **more):
-        if state.global_step % state.save_steps == 0: control.should_log = True
+        if state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps: control.should_log = True
 
     def on_save(self, args, state, control, **more):
         folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
