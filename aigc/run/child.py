@@ -41,9 +41,9 @@ def _first_line(source: str) -> str:
     lines = [line.strip() for line in source.splitlines() if line.strip() and not line.strip().startswith(("#|", "%"))]
     return (lines or [""])[0][:80]
 
-# %% ../../nbs/run/60_child.ipynb #c0e5ce6f
+# %% ../../nbs/run/60_child.ipynb #64b88cc4
 def _engine(output: Path, events: Events, box: dict):
-    "A papermill engine for one run; `box['client']` is the client while it works."
+    "A papermill engine for one run with the kernel `box['kernel']`, which has been started."
     papermill, Client = _papermill()
     import nbformat
     secrets = secret_values()
@@ -75,7 +75,7 @@ def _engine(output: Path, events: Events, box: dict):
             return super().process_message(message, cell, cell_index)
 
         def _cleanup_kernel(self):
-            process = getattr(self.km.provisioner, "process", None)
+            process = getattr(box["kernel"].provisioner, "process", None)
             box["code"] = process.poll() if process else None  # nbclient forgets the kernel here, and with it what killed it
             return super()._cleanup_kernel()
 
@@ -84,8 +84,8 @@ def _engine(output: Path, events: Events, box: dict):
         def execute_notebook(cls, nb, kernel_name, input_path=None, **_):
             manager = Manager(nb, progress_bar=False)
             manager.notebook_start()
-            box["client"] = Quiet(manager, timeout=None, startup_timeout=120, kernel_name=kernel_name, kernel_manager_class=_kernel_manager(), log=papermill.log.logger)
-            try: box["client"].execute()
+            box["client"] = Quiet(manager, km=box["kernel"], timeout=None, startup_timeout=120, kernel_name=kernel_name, log=papermill.log.logger)
+            try: box["client"].execute(cleanup_kc=True)
             finally: manager.notebook_complete()
             return manager.nb
     return papermill, Engine
@@ -96,10 +96,12 @@ def _clean(value, secrets):
     if isinstance(value, dict): return {k: _clean(v, secrets) for k, v in value.items()}
     return [_clean(v, secrets) for v in value] if isinstance(value, list) else value
 
-# %% ../../nbs/run/60_child.ipynb #42071ea8
-def _kernel_manager():
+# %% ../../nbs/run/60_child.ipynb #76745f10
+def _start_kernel():
+    "A kernel that is starting; papermill is imported meanwhile."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
     folder = _private_folder()
 
     class Manager(AsyncKernelManager):
@@ -111,7 +113,10 @@ def _kernel_manager():
             super().__init__(**kw)
             if len(str(folder)) < 70 and os.name == "posix": self.transport = "ipc"  # a socket's path holds 107 bytes
             self.connection_file = str(folder/"kernel.json")
-    return Manager
+
+    manager = Manager(kernel_name="python3")
+    run_sync(manager.start_kernel)()
+    return manager
 
 
 def _private_folder() -> Path:
@@ -152,7 +157,7 @@ def _died(code: int | None) -> dict:
     why = ", often a sign that memory ran out" if name == "SIGKILL" else ""
     return {**error_event("DeadKernel", ""), "message": f"the job's kernel was ended by {name}{why}", "signal": name}
 
-# %% ../../nbs/run/60_child.ipynb #aa50703a
+# %% ../../nbs/run/60_child.ipynb #4a95f96f
 def _watch(parent: int, run_id: str) -> None:
     "End everything of this run when the supervisor is gone; never returns."
     while os.getppid() == parent:
@@ -164,14 +169,14 @@ def _watch(parent: int, run_id: str) -> None:
 
 def _interrupt(*_) -> None:
     "The supervisor wants an end: the running cell gets a KeyboardInterrupt, so that the notebook shows where it was."
-    process = getattr(getattr(_here.get("client"), "km", None), "provisioner", None)
+    process = getattr(_here.get("kernel"), "provisioner", None)
     if process is not None and process.pid:
         with contextlib.suppress(OSError): os.kill(process.pid, signal.SIGINT)
     else: os._exit(143)
 
 
 def _execute(task: dict, events: Events) -> int:
-    _private_folder()
+    _here["kernel"] = _start_kernel()
     papermill, Engine = _engine(Path(task["output"]), events, _here)
     papermill.log.logger.setLevel("CRITICAL")
     papermill.engines.papermill_engines.register("aigc", Engine)

@@ -43,7 +43,7 @@ def metric_points(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
             points.append((float(row.get("step", len(points))), float(value)))
     return series
 
-# %% ../../nbs/run/70_page.ipynb #f144eb21
+# %% ../../nbs/run/70_page.ipynb #80f3439b
 _TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
 {% block input %}<details class="code"><summary><code>{{ cell.source | first_line }}</code></summary>{{ super() }}</details>{% endblock %}
 """
@@ -60,12 +60,13 @@ def notebook_html(path: str | Path) -> str:
     "The cells of a notebook as an HTML fragment, pictures inside; an empty text when the notebook cannot be read."
     import nbformat
     from nbconvert.exporters import HTMLExporter
+    from traitlets.config import Config
     try: notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError): return ""
     for cell in notebook.cells:  # what a library warns about is in the log; a page is for results
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
     exporter = HTMLExporter(raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
-                            display_data_priority=_SHOWN, filters={"first_line": _first_line})
+                            config=Config({"NbConvertBase": {"display_data_priority": _SHOWN}}), filters={"first_line": _first_line})
     return exporter.from_notebook_node(notebook)[0]
 
 # %% ../../nbs/run/70_page.ipynb #f5b1690a

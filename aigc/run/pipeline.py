@@ -159,7 +159,7 @@ def _like(name: str, default: Any, text: str) -> Any:
     if kind in ("int", "float", "bool", "str", "list", "dict"): return parse_value(Parameter(name=name, annotation=kind, default=default), text)
     return yaml.safe_load(text)
 
-# %% ../../nbs/run/90_pipeline.ipynb #afb035ce
+# %% ../../nbs/run/90_pipeline.ipynb #e2654d58
 class Result(NamedTuple):
     "One job of a pipeline that ran: its record, or why there is none."
     name: str
@@ -177,20 +177,18 @@ def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = N
 
     `settings` are texts such as `model=tiny` and `sft.lr=1e-4`; `timeout` (seconds) holds for each job."""
     pipeline = apply_settings(pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline), settings or [])
-    store, results, outputs = store or Store(), [], {}
+    store, results, outputs, stopped = store or Store(), [], {}, False
     for name in run_order(pipeline):
         budget = pipeline.jobs[name].budget
-        if results and results[-1].record and _stopped(results[-1].record): results.append(Result(name, None, budget, "the pipeline was stopped")); continue
+        if stopped: results.append(Result(name, None, budget, "the pipeline was stopped")); continue
         missing = [n for n in needs(pipeline, name) if n not in outputs]
         if missing: results.append(Result(name, None, budget, f"it needs {' and '.join(missing)}")); say(f"{name}: not started, as it needs {' and '.join(missing)}"); continue
         record = _run_step(pipeline, name, outputs, store, force, timeout, watch, say)
         results.append(Result(name, record, budget))
         if exit_code(record) == 0: outputs[name] = record.outputs
         say(_ended(name, record))
+        stopped = bool(record.error) and record.error.kind in ("SIGINT", "SIGTERM", "SIGHUP")
     return results
-
-
-def _stopped(record: RunRecord) -> bool: return bool(record.error) and record.error.kind in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def _ended(name: str, record: RunRecord) -> str:
