@@ -76,7 +76,7 @@ def examine(what: str, model: str = "") -> dict[str, Any]:
     return {"data": what, "splits": {name: split_facts(p, lengths(p, count)).model_dump() for name, p in parts.items()}, "unreadable": [d.model_dump(exclude_defaults=True) for d in bad],
             "samples": [r.model_dump(exclude_none=True) for r in _samples(parts)]}
 
-# %% ../../nbs/cli/40_data.ipynb #f4c509c0
+# %% ../../nbs/cli/40_data.ipynb #ec0ad8c0
 @data.command("inspect")
 def inspect_command(
     what: Annotated[str, typer.Argument(metavar="DATA", help="a file, a folder, dataset/name, or pydocs")],
@@ -88,7 +88,7 @@ def inspect_command(
     Example: aigc data inspect my.jsonl"""
     seen = examine(what, model)
     if as_json: return typer.echo(json.dumps(seen, ensure_ascii=False, indent=1))
-    console = Console(highlight=False)
+    console = Console(highlight=False, force_jupyter=False)
     kinds = list(next((s["lengths"] for s in seen["splits"].values() if s["lengths"]), {}))
     table = Table("split", "records", "groups", *(f"{k.replace(' (', chr(10) + '(')}" for k in kinds), box=None, header_style="bold")
     for name, s in seen["splits"].items():
