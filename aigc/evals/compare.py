@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['label_models', 'pick', 'compare_models']
 
-# %% ../../nbs/evals/08_compare.ipynb #a216cbb2
+# %% ../../nbs/evals/08_compare.ipynb #44f84f2d
 import gc, random
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import AigcError
-from ..core.store import Store
+from ..core.errors import AigcError, UsageError
+from ..core.store import Store, is_ref
 from ..data.records import dataset_path, dataset_ref, load_split
 from .drift import Drift, answer_sequences, drift
 from .measure import conditions, decode_speed, evaluate_model, fitting, load, measurement_key, read_items, weight_bytes
@@ -19,22 +19,24 @@ from .report import EvalReport, Subject, make_report
 from ..models.generate import TransformersGenerator
 from ..models.sources import load_model, load_tokenizer, model_path, model_ref
 
-# %% ../../nbs/evals/08_compare.ipynb #9847933d
-def label_models(models: Sequence[str], names: Sequence[str] = (), store: Store | None = None) -> dict[str, str]:
-    """Row label → full model reference, in order. `names` are labels for all models, or for all but the first.
+# %% ../../nbs/evals/08_compare.ipynb #94173876
+def label_models(models: Sequence[str], names: Sequence[str] = (), source: str = "", store: Store | None = None) -> tuple[dict[str, str], str]:
+    """Row label → full model reference, in order, and the label of `source` (what the last model was quantized from; "" without one).
 
-    A model that comes twice keeps its first row."""
+    `names` are labels for all models, or for all but the first. A model that comes twice keeps its first row; a source that is no row yet gets one before the last."""
     if names and len(names) not in (len(models), len(models) - 1):
-        raise AigcError(f"{len(names)} names for {len(models)} models", place="names", remedy="give one name per model, or none")
-    given = [*[""] * (len(models) - len(names)), *names] if names else [""] * len(models)
+        raise UsageError(f"{len(names)} names for {len(models)} models", place="names", remedy="give one name per model, or none")
+    refs = [model_ref(m, store) for m in models]
+    labels = [*[""] * (len(models) - len(names)), *names]
+    origin = model_ref(source, store) if source else ""
+    if origin and origin not in refs: refs.insert(-1, origin); labels.insert(-1, "")
+    if origin and origin == refs[-1]: raise UsageError("the last model is the source itself", place="source", remedy="name the unquantized model as source, and the quantized one last")
     found: dict[str, str] = {}
-    for model, label in zip(models, given):
-        ref = model_ref(model, store)
+    for ref, label in zip(refs, labels):
         if ref in found.values(): continue
-        label = label or (ref.split("/")[1].split("@")[0] if "@" in ref else Path(model).name)
-        if label in found: label = f"{label} ({len(found) + 1})"
-        found[label] = ref
-    return found
+        label = label or (ref.split("/")[1].split("@")[0] if is_ref(ref) else Path(ref).name)
+        found[f"{label} ({len(found) + 1})" if label in found else label] = ref
+    return found, next((label for label, ref in found.items() if ref == origin), "")
 
 
 def pick(records: list, limit: int, seed: int) -> list:

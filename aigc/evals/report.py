@@ -112,7 +112,7 @@ def _kept(model: Subject, source: Subject, by: dict, splits: Sequence[str], drif
             except AigcError: pass  # the source scores zero: there is nothing to keep
     return Kept(model=model.label, source=source.label, ratios=ratios, drift=drift, size_ratio=model.bytes / source.bytes if model.bytes and source.bytes else None)
 
-# %% ../../nbs/evals/07_report.ipynb #a7b31942
+# %% ../../nbs/evals/07_report.ipynb #06b312bf
 class Answer(BaseModel):
     "One model's answer to a sample."
     model_config = ConfigDict(extra="forbid")
@@ -123,7 +123,7 @@ class Answer(BaseModel):
 
 
 class Sample(BaseModel):
-    "One question with every model's answer. `change`: ROUGE-L of `subject` minus that of the first model."
+    "One question with every model's answer. `change`: ROUGE-L of the compared model minus that of the first."
     model_config = ConfigDict(extra="forbid")
     kind: Literal["best", "worst"]
     id: str
@@ -138,7 +138,7 @@ class Sample(BaseModel):
 def _samples(records: Iterable, by: dict, labels: Sequence[str], subject: str, split: str, count: int) -> list[Sample]:
     asked = {r.id: r for r in records}
     answers = {label: {i.id: i for i in by[label, split]} for label in labels}
-    change = {id: answers[subject][id].rouge_l - answers[labels[0]][id].rouge_l for id in answers[subject] if id in asked}
+    change = {id: i.rouge_l - (answers[labels[0]][id].rouge_l if subject != labels[0] else 0) for id, i in answers[subject].items() if id in asked}  # one model alone: by its score
     ranked = sorted(change, key=lambda id: (-change[id], id))
     best = ranked[:min(count, (len(ranked) + 1) // 2)]
     worst = [id for id in ranked[::-1][:count] if id not in best]
@@ -186,13 +186,14 @@ def make_report(items: Iterable[Item], subjects: Sequence[Subject], records: Ite
                       kept=_kept(of[quantized], of[source], by, splits, drift, seed) if quantized and source else None,
                       samples=_samples(records, by, labels, compared, splits[0], samples))
 
-# %% ../../nbs/evals/07_report.ipynb #7de44278
+# %% ../../nbs/evals/07_report.ipynb #de8c0a19
 @patch
 def headline(self: EvalReport) -> list[str]:
     "The result in a few sentences."
     split = self.rows[0].split
     rows = {r.model: r for r in self.rows if r.split == split}
     said, first = [], self.subjects[0].label
+    if len(rows) == 1: return [f"{first}: ROUGE-L {rows[first].metrics['rouge_l']}, rule score {rows[first].metrics['rule_score']} ({rows[first].n} items of {rows[first].groups} groups)."]
     for subject in self.subjects[1:]:
         if self.kept and subject.label == self.kept.model: continue
         d, n = rows[subject.label].versus["rouge_l"], rows[subject.label]
@@ -204,6 +205,26 @@ def headline(self: EvalReport) -> list[str]:
         said.append(f"{self.kept.model} keeps {share} of {self.kept.source}'s ROUGE-L{size}." if share else f"{self.kept.source} scores no ROUGE-L of which {self.kept.model} could keep a share.")
         if self.kept.drift: said.append(f"Its distribution moved by {self.kept.drift.kl.show('.4f')} nats per token; the first choice is the same on {self.kept.drift.top1.show('.1%')} of tokens.")
     return said
+
+# %% ../../nbs/evals/07_report.ipynb #2fd08f1a
+def _flat(name: str, i: Interval) -> dict[str, float]: return {name: i.mean, f"{name}_low": i.low, f"{name}_high": i.high}
+
+
+@patch
+def metrics(self: EvalReport) -> dict[str, float]:
+    "The headline figures under flat names, for a run's record and for comparing runs."
+    found: dict[str, float] = {}
+    for row in self.rows:
+        place = "" if row.split == self.rows[0].split else f"{row.split}."
+        for name, i in row.metrics.items(): found |= _flat(f"{place}{row.model}.{name}", i)
+        if row.model == self.subjects[-1].label: found |= {key: v for name, i in row.metrics.items() for key, v in _flat(f"{place}{name}", i).items()}
+    if self.kept:
+        for split, ratios in self.kept.ratios.items():
+            place = "" if split == self.rows[0].split else f"{split}."
+            for name, i in ratios.items(): found |= _flat(f"{place}kept.{name}", i)
+        if self.kept.size_ratio: found["kept.size"] = self.kept.size_ratio
+        if self.kept.drift: found |= _flat("drift.kl", self.kept.drift.kl) | _flat("drift.top1", self.kept.drift.top1)
+    return found
 
 # %% ../../nbs/evals/07_report.ipynb #39cf6e1a
 def _bytes(size: int | None) -> str: return "–" if not size else f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
@@ -304,7 +325,7 @@ def _kept_html(kept: Kept) -> str:
     size = f"<p>Weights on disk: {kept.size_ratio:.3f} of {e(kept.source)}'s.</p>" if kept.size_ratio else ""
     return f"<h2>What quantization kept</h2><p class='soft'>{e(kept.model)} over {e(kept.source)}, on the same items; 1 is no loss.</p>{table}{size}" + (f"<p>Drift on the reference answers: {e(str(kept.drift))}.</p>" if kept.drift else "")
 
-# %% ../../nbs/evals/07_report.ipynb #822237ff
+# %% ../../nbs/evals/07_report.ipynb #8ae150a6
 def _tables(report: EvalReport) -> str:
     refs, parts, first = {s.label: s.ref for s in report.subjects}, [], html.escape(report.subjects[0].label)
     for split in dict.fromkeys(r.split for r in report.rows):
@@ -323,23 +344,26 @@ def _tables(report: EvalReport) -> str:
 def __repr__(self: EvalReport) -> str: return f"EvalReport({self.title!r}: {' '.join(self.headline())})"
 
 
+def _body(report: EvalReport) -> str:
+    lead, e = "".join(f"<li>{html.escape(s)}</li>" for s in report.headline()), html.escape
+    def cards(kind): return "".join(_sample_card(s) for s in report.samples if s.kind == kind)
+    first, compared = e(report.subjects[0].label), e(report.compared)
+    samples = ""
+    if report.samples: samples = f"<h2>Answers: where {compared} gained most over {first}</h2>{cards('best')}<h2>Answers: where it gained least, or lost</h2>{cards('worst')}" if first != compared else f"<h2>Answers</h2>{cards('best')}{cards('worst')}"
+    how = "".join(f"<dt>{e(str(k))}</dt><dd>{e(str(v))}</dd>" for k, v in report.how.items())
+    return (f"<ul class='lead'>{lead}</ul>{report.picture()}{_tables(report)}{_kept_html(report.kept) if report.kept else ''}{samples}"
+            f"<h2>How it was measured</h2><dl class='how'>{how}</dl>")
+
+
 @patch
-def _repr_html_(self: EvalReport) -> str:
-    lead = "".join(f"<li>{html.escape(s)}</li>" for s in self.headline())
-    return f"<style>{_CSS}{STYLE}</style><div class='aigc'><ul class='lead'>{lead}</ul>{self.picture()}{_tables(self)}{_kept_html(self.kept) if self.kept else ''}</div>"
+def _repr_html_(self: EvalReport) -> str: return f"<style>{_CSS}{STYLE}</style><div class='aigc'>{_body(self)}</div>"
 
 
 @patch
 def page(self: EvalReport) -> str:
     "The whole report as one HTML page that needs nothing else."
-    lead = "".join(f"<li>{html.escape(s)}</li>" for s in self.headline())
-    def cards(kind): return "".join(_sample_card(s) for s in self.samples if s.kind == kind)
-    first, e = html.escape(self.subjects[0].label), html.escape
-    samples = f"<h2>Answers: where {e(self.compared)} gained most over {first}</h2>{cards('best')}<h2>Answers: where it gained least or lost</h2>{cards('worst')}" if self.samples else ""
-    how = "".join(f"<dt>{e(str(k))}</dt><dd>{e(str(v))}</dd>" for k, v in self.how.items())
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'><title>{e(self.title)}</title><style>{_PAGE}{_CSS}{STYLE}</style></head>"
-            f"<body><main class='aigc'><h1>{e(self.title)}</h1><p class='soft'>{self.created:%Y-%m-%d %H:%M} UTC</p><ul class='lead'>{lead}</ul>{self.picture()}{_tables(self)}{_kept_html(self.kept) if self.kept else ''}{samples}"
-            f"<h2>How it was measured</h2><dl class='how'>{how}</dl></main></body></html>")
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'><title>{html.escape(self.title)}</title><style>{_PAGE}{_CSS}{STYLE}</style></head>"
+            f"<body><main class='aigc'><h1>{html.escape(self.title)}</h1><p class='soft'>{self.created:%Y-%m-%d %H:%M} UTC</p>{_body(self)}</main></body></html>")
 
 
 @patch
