@@ -13,7 +13,7 @@ from ..core.progress import duration
 from .jobs import short_name
 from .record import RunRecord, read_metrics, read_record, write_whole
 
-# %% ../../nbs/run/70_page.ipynb #f9d7b20b
+# %% ../../nbs/run/70_page.ipynb #a3477194
 def curve(name: str, points: list[tuple[float, float]], width: int = 260, height: int = 80) -> str:
     "A small line chart as SVG in a figure; points are (step, value)."
     points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -34,11 +34,12 @@ def _number(value) -> str:
 
 
 def metric_points(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    "Logged rows as points per metric; a row without a step counts on."
+    "Logged rows as points per metric. A row without a step counts on, unless the metric has steps elsewhere: then it is a summary, not a point."
     series: dict[str, list[tuple[float, float]]] = {}
+    stepped = {name for row in rows if "step" in row for name in row}
     for row in rows:
         for name, value in row.items():
-            if name in ("time", "step") or isinstance(value, (str, bool)): continue
+            if name in ("time", "step") or isinstance(value, (str, bool)) or name in stepped and "step" not in row: continue
             points = series.setdefault(name, [])
             points.append((float(row.get("step", len(points))), float(value)))
     return series
@@ -69,7 +70,7 @@ def notebook_html(path: str | Path) -> str:
                             config=Config({"NbConvertBase": {"display_data_priority": _SHOWN}}), filters={"first_line": _first_line})
     return exporter.from_notebook_node(notebook)[0]
 
-# %% ../../nbs/run/70_page.ipynb #f5b1690a
+# %% ../../nbs/run/70_page.ipynb #755f20ea
 _CSS = """
 :root{--bg:#fff;--fg:#1c2024;--soft:#60646c;--line:#e3e5e9;--card:#f7f8fa;--code:#f3f4f7;--blue:#2563eb;--ok:#18794e;--bad:#ce2c31;--warn:#ad5700;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#131417;--fg:#e6e7ea;--soft:#9a9fa9;--line:#2b2e34;--card:#1b1d21;--code:#1e2126;--blue:#7aa2ff;--ok:#4cc38a;--bad:#ff6369;--warn:#ffa057}}
@@ -82,14 +83,14 @@ header p{margin:.4rem 0 0;color:var(--soft)}
 .badge{display:inline-block;font-size:.8rem;font-weight:600;padding:.1rem .65rem;border-radius:1rem;border:1px solid currentColor;vertical-align:.3rem;margin-left:.5rem}
 .succeeded,.cached{color:var(--ok)} .failed,.killed{color:var(--bad)} .timeout,.running{color:var(--warn)}
 .error{border-left:4px solid var(--bad);background:var(--card);padding:.8rem 1rem;margin-top:1.2rem;border-radius:0 .4rem .4rem 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem;align-items:start}
-.cards>section{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.4rem 1rem .8rem;min-width:0}
+.cards{columns:2 20rem;column-gap:1rem}
+.cards>section{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.4rem 1rem .8rem;margin-bottom:1rem;break-inside:avoid}
 .cards h2{font-size:.85rem;color:var(--soft);font-weight:600;margin:.5rem 0}
-dl{display:grid;grid-template-columns:auto minmax(0,1fr);gap:.15rem 1rem;margin:0;font-size:.9rem}
-dt{color:var(--soft)} dd{margin:0;overflow-wrap:anywhere;text-align:right;font-variant-numeric:tabular-nums}
+dl{margin:0;font-size:.9rem} dl div{display:flex;flex-wrap:wrap;justify-content:space-between;column-gap:1rem}
+dt{color:var(--soft)} dd{margin:0 0 0 auto;overflow-wrap:anywhere;text-align:right;font-variant-numeric:tabular-nums}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.6rem .8rem}
-figcaption{font-size:.85rem;display:flex;gap:.5rem;justify-content:space-between} figcaption span{color:var(--soft)}
+figcaption{font-size:.82rem;display:flex;flex-wrap:wrap;column-gap:.6rem;justify-content:space-between} figcaption span{color:var(--soft)}
 figure svg{width:100%;height:auto;display:block} polyline{fill:none;stroke:var(--blue);stroke-width:1.6;stroke-linejoin:round} circle{fill:var(--blue)}
 code,pre{font:.86rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -100,7 +101,7 @@ summary{cursor:pointer;overflow:hidden;text-overflow:ellipsis;white-space:nowrap
 .output_text pre{background:var(--card);border-radius:.4rem;padding:.5rem .8rem} .output_error pre{border-left:3px solid var(--bad)}
 .output_png img,.output_jpeg img,.output_svg img{max-width:100%;height:auto;background:#fff;border-radius:.4rem;padding:.3rem}
 .rendered_html table,article table{border-collapse:collapse;font-size:.88rem;margin:.5rem 0}
-article th,article td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top} article th{color:var(--soft);font-weight:600}
+article th,article td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:anywhere;min-width:4rem} article th{color:var(--soft);font-weight:600}
 a{color:var(--blue)} .papermill-error{display:none}
 footer{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem;color:var(--soft);font-size:.85rem}
 @media print{details.code{display:none}}
@@ -113,9 +114,9 @@ def _highlighting() -> str:
     light, dark = (HtmlFormatter(style=s, nobackground=True).get_style_defs(".highlight") for s in ("default", "github-dark"))
     return f"{light}\n@media (prefers-color-scheme:dark){{\n{dark}\n}}\n.highlight{{background:none}}"
 
-# %% ../../nbs/run/70_page.ipynb #77246352
+# %% ../../nbs/run/70_page.ipynb #ea73be68
 def _rows(pairs) -> str:
-    return "<dl>" + "".join(f"<dt>{html.escape(str(a))}</dt><dd>{html.escape(b if isinstance(b, str) else _number(b) if isinstance(b, (int, float)) and not isinstance(b, bool) else json.dumps(b, ensure_ascii=False))}</dd>" for a, b in pairs) + "</dl>"
+    return "<dl>" + "".join(f"<div><dt>{html.escape(str(a))}</dt><dd>{html.escape(b if isinstance(b, str) else _number(b) if isinstance(b, (int, float)) and not isinstance(b, bool) else json.dumps(b, ensure_ascii=False))}</dd></div>" for a, b in pairs) + "</dl>"
 
 
 def _card(title: str, pairs) -> str:

@@ -172,7 +172,7 @@ def _prepare_page() -> None:
     "Import the page's slow library while the job works."
     with contextlib.suppress(ImportError): import nbconvert.exporters  # noqa: F401
 
-# %% ../../nbs/run/80_runner.ipynb #53228e09
+# %% ../../nbs/run/80_runner.ipynb #a57388f1
 @patch
 def read_log(self: _Supervisor) -> None:
     "Lines into the log; a progress bar's returns only change the line that is shown."
@@ -194,6 +194,7 @@ def read_events(self: _Supervisor, fd: int) -> None:
             if "cell" in event and "of" in event:
                 self.cell, self.cells = event["cell"], event["of"]
                 self.say(f"cell {self.cell}/{self.cells}: {event['line']}")
+                self.line = event["line"]
             else: self.event.update(event)
 
 
