@@ -17,14 +17,17 @@ from ..core.progress import duration
 from .app import create_app
 from .engine import LocalEngine
 
-# %% ../../nbs/serve/40_server.ipynb #abbb2077
+# %% ../../nbs/serve/40_server.ipynb #363b6408
 def bind(host: str, port: int) -> socket.socket:
-    "A socket bound to the address (port 0: a free one), not yet listening. Raises `AigcError` when it cannot be had."
+    "A socket that listens at the address (port 0: a free one); who connects waits for the server. Raises `AigcError` when it cannot be had."
+    if not 0 <= port <= 65535: raise UsageError("a port is a number from 0 to 65535", place=f"--port {port}")
     try: family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (socket.gaierror, UnicodeError, OverflowError) as e: raise UsageError("there is no such address", place=f"--host {host}", remedy="use 127.0.0.1, 0.0.0.0 or a name of this machine") from e
+    except (socket.gaierror, UnicodeError) as e: raise UsageError("there is no such address", place=f"--host {host}", remedy="use 127.0.0.1, 0.0.0.0 or a name of this machine") from e
     taken = socket.socket(family, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: taken.bind(address)
+    try:
+        taken.bind(address)
+        taken.listen(128)  # at once: until somebody listens, a second process may bind the same port
     except OSError as e:
         taken.close()
         cause = {98: "the port is in use", 48: "the port is in use", 13: "this user may not open the port"}.get(e.errno, f"the address cannot be used ({e.strerror})")
