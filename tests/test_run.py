@@ -240,7 +240,9 @@ def test_a_store_on_a_full_disk_stays_whole(lab):
     (lab/"small").mkdir()
     mount = f"mount -t tmpfs -o size=3m tmpfs {lab}/small && {sys.executable} -m aigc run {job} --json; code=$?; {sys.executable} -m aigc runs show last --json > {lab}/shown; find {lab}/small -name 'artifact.json' -o -name 'weights.bin' > {lab}/found; exit $code"
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], env={**environment(lab), "AIGC_STORE": str(lab/"small"/"store")}, capture_output=True, text=True)
-    if "unshare" in done.stderr or "mount:" in done.stderr: pytest.skip("no user namespaces with tmpfs here")
+    if "unshare" in done.stderr or "mount:" in done.stderr:  # no such rights here: a limit on the size of files hits the same code
+        limited = mount.split("&& ", 1)[1]
+        done = subprocess.run(["sh", "-c", f"ulimit -f 6000; {limited}"], env={**environment(lab), "AIGC_STORE": str(lab/"small"/"store")}, capture_output=True, text=True)
     shown = json.loads((lab/"shown").read_text())
     assert done.returncode == 1 and shown["status"] == "failed" and "the disk is full" in shown["error"]["message"], done.stderr
     assert "the disk is full" in done.stderr and "Traceback" not in done.stderr and (lab/"found").read_text() == ""

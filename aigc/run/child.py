@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ANSI', 'Events', 'kernel_main', 'error_event', 'main']
 
-# %% ../../nbs/run/60_child.ipynb #c576358a
-import contextlib, json, os, re, select, signal, sys, tempfile, threading
+# %% ../../nbs/run/60_child.ipynb #bc4bed1b
+import contextlib, json, os, re, select, shutil, signal, sys, threading
 from pathlib import Path
 
 from .processes import die_with_parent, end_processes
@@ -96,13 +96,12 @@ def _clean(value, secrets):
     if isinstance(value, dict): return {k: _clean(v, secrets) for k, v in value.items()}
     return [_clean(v, secrets) for v in value] if isinstance(value, list) else value
 
-# %% ../../nbs/run/60_child.ipynb #76745f10
-def _start_kernel():
+# %% ../../nbs/run/60_child.ipynb #97e6734e
+def _start_kernel(folder: str):
     "A kernel that is starting; papermill is imported meanwhile."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
-    folder = _private_folder()
 
     class Manager(AsyncKernelManager):
         @property
@@ -111,20 +110,12 @@ def _start_kernel():
 
         def __init__(self, **kw):
             super().__init__(**kw)
-            if len(str(folder)) < 70 and os.name == "posix": self.transport = "ipc"  # a socket's path holds 107 bytes
-            self.connection_file = str(folder/"kernel.json")
+            if len(folder) < 70 and os.name == "posix": self.transport = "ipc"  # a socket's path holds 107 bytes
+            self.connection_file = f"{folder}/kernel.json"
 
     manager = Manager(kernel_name="python3")
     run_sync(manager.start_kernel)()
     return manager
-
-
-def _private_folder() -> Path:
-    "A private folder for the kernel's sockets and IPython's files, gone with this process."
-    if "folder" not in _here:
-        _here["folder"] = tempfile.TemporaryDirectory(prefix="aigc-", ignore_cleanup_errors=True)
-        os.environ.update(JUPYTER_RUNTIME_DIR=_here["folder"].name, IPYTHONDIR=f"{_here['folder'].name}/ipython")
-    return Path(_here["folder"].name)
 
 
 _here: dict = {}  # this process runs one notebook: its client, its kernel's folder, the cell it is in
@@ -157,13 +148,14 @@ def _died(code: int | None) -> dict:
     why = ", often a sign that memory ran out" if name == "SIGKILL" else ""
     return {**error_event("DeadKernel", ""), "message": f"the job's kernel was ended by {name}{why}", "signal": name}
 
-# %% ../../nbs/run/60_child.ipynb #4a95f96f
-def _watch(parent: int, run_id: str) -> None:
+# %% ../../nbs/run/60_child.ipynb #71bc1da3
+def _watch(parent: int, run_id: str, private: str) -> None:
     "End everything of this run when the supervisor is gone; never returns."
     while os.getppid() == parent:
         ready, _, _ = select.select([sys.stdin.fileno()], [], [], 1.0)
         if ready and not os.read(sys.stdin.fileno(), 4096): break
     end_processes(run_id, grace=0)
+    shutil.rmtree(private, ignore_errors=True)
     os._exit(137)
 
 
@@ -176,7 +168,8 @@ def _interrupt(*_) -> None:
 
 
 def _execute(task: dict, events: Events) -> int:
-    _here["kernel"] = _start_kernel()
+    os.environ.update(JUPYTER_RUNTIME_DIR=task["private"], IPYTHONDIR=f"{task['private']}/ipython")  # nothing of the user's profile
+    _here["kernel"] = _start_kernel(task["private"])
     papermill, Engine = _engine(Path(task["output"]), events, _here)
     papermill.log.logger.setLevel("CRITICAL")
     papermill.engines.papermill_engines.register("aigc", Engine)
@@ -193,15 +186,13 @@ def _execute(task: dict, events: Events) -> int:
 
 
 def main() -> None:
-    "Run the job that the first line of stdin describes: `{notebook, output, parameters, events, run, parent}`."
+    "Run the job that the first line of stdin describes: `{notebook, output, parameters, events, run, parent, private}`."
     line = b""
     while not line.endswith(b"\n") and (more := os.read(sys.stdin.fileno(), 1)): line += more  # unbuffered: the watch reads on
     task = json.loads(line)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN: the kernel would inherit that, and nothing could interrupt a cell
-    threading.Thread(target=_watch, args=(task["parent"], task["run"]), daemon=True).start()
+    threading.Thread(target=_watch, args=(task["parent"], task["run"], task["private"]), daemon=True).start()
     code = _execute(task, Events(task["events"]))
     sys.stdout.flush()
-    folder = _here.pop("folder", None)
-    if folder: folder.cleanup()
     os._exit(code)  # threads of papermill's libraries need no farewell

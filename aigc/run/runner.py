@@ -6,8 +6,8 @@
 __all__ = ['Watch', 'HEARTBEAT_SECONDS', 'LOOK_SECONDS', 'GRACE_SECONDS', 'Plan', 'plan_job', 'find_cached', 'Progress',
            'run_job', 'exit_code']
 
-# %% ../../nbs/run/80_runner.ipynb #ef6838f6
-import contextlib, errno, fcntl, json, os, secrets, shutil, signal, subprocess, sys, threading, time
+# %% ../../nbs/run/80_runner.ipynb #d5c67d7f
+import contextlib, errno, fcntl, json, os, secrets, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -55,7 +55,7 @@ def plan_job(job: str | Path | Job, parameters: dict[str, Any] | None = None, st
     return Plan(job=job, parameters=told, changed={p.name: told[p.name] for p in known if told[p.name] != p.default or type(told[p.name]) is not type(p.default)},
                 references=references, key=digest([job.name, parts]), key_parts=parts, work=work_name(job.name, told, inputs))
 
-# %% ../../nbs/run/80_runner.ipynb #7a3e15f1
+# %% ../../nbs/run/80_runner.ipynb #579808b8
 def find_cached(plan: Plan, store: Store | None = None) -> RunRecord | None:
     "The successful run that did exactly this work, when all of its outputs are still there."
     store = store or Store()
@@ -66,7 +66,13 @@ def find_cached(plan: Plan, store: Store | None = None) -> RunRecord | None:
     return None
 
 
-def _full(error: OSError) -> bool: return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+@contextlib.contextmanager
+def _writing(place: str) -> Iterator[None]:
+    "An OSError of writing becomes one sentence."
+    try: yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise AigcError("the disk is full" if full else f"it cannot be written ({e.strerror or e})", place=place, remedy="free some room (see: aigc store gc)" if full else "check the folder and its permissions") from e
 
 
 def _new_run(plan: Plan, store: Store, pipeline: str) -> tuple[Path, RunRecord]:
@@ -76,26 +82,25 @@ def _new_run(plan: Plan, store: Store, pipeline: str) -> tuple[Path, RunRecord]:
                        inputs=plan.references, seeds={n: v for n, v in plan.parameters.items() if (n == "seed" or n.endswith("_seed")) and type(v) is int},
                        versions=versions(), git=git_state(plan.job.path.parent), host=this_host(), device=device(), created=now, heartbeat=now)
     folder = runs_folder(store)/record.id
-    try:
-        folder.mkdir(parents=True)
-        (folder/".reserve").write_bytes(b"\0"*RESERVE_BYTES)
-        write_record(folder, record)
-        for ref in plan.references: store.keep(ref, record.id)
-    except OSError as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise AigcError("the disk is full" if _full(e) else f"the run cannot be written ({e.strerror})", place=f"store {store.url}", remedy="free some room (see: aigc store gc)" if _full(e) else "check the folder and its permissions") from e
+    with _writing(f"store {store.url}"):
+        try:
+            folder.mkdir(parents=True)
+            (folder/".reserve").write_bytes(b"\0"*RESERVE_BYTES)
+            write_record(folder, record)
+            for ref in plan.references: store.keep(ref, record.id)
+        except OSError: shutil.rmtree(folder, ignore_errors=True); raise
     return folder, record
 
-# %% ../../nbs/run/80_runner.ipynb #3ee70fd6
+# %% ../../nbs/run/80_runner.ipynb #257e082b
 @contextlib.contextmanager
 def _alone(plan: Plan, store: Store, say: Callable[[str], None]) -> Iterator[Path]:
     "The folder for checkpoints of this work, for us alone: a second run of the same work waits, and then finds the first one's result."
     work = store.local/"scratch"/plan.work
     lock = work.with_name(f"{work.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(f"store {store.url}"): lock.parent.mkdir(parents=True, exist_ok=True)
     told = False
     while True:
-        handle = open(lock, "a")
+        with _writing(f"store {store.url}"): handle = open(lock, "a")
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.close()
@@ -144,7 +149,7 @@ class _Supervisor:
         self.line = redact(ANSI.sub("", line), self.secrets)  # a kernel makes every program believe in a colour terminal
         with contextlib.suppress(OSError, ValueError): self.log.write(f"{datetime.now():%H:%M:%S} {self.line}\n")
 
-# %% ../../nbs/run/80_runner.ipynb #91bc0e23
+# %% ../../nbs/run/80_runner.ipynb #3b90bbcb
 def _environment(record: RunRecord, folder: Path, work: Path, store: Store) -> dict[str, str]:
     "What the job's process finds in its environment; it imports the same `aigc` as we did, wherever that is."
     roots = [str(Path(spec.origin).parent.parent) for name in ("aigc", "aigc_kernels") if (spec := find_spec(name)) and spec.origin]
@@ -158,8 +163,9 @@ def _environment(record: RunRecord, folder: Path, work: Path, store: Store) -> d
 def begin(self: _Supervisor) -> None:
     "Start the job's process and the threads that read what it says."
     self.work.mkdir(parents=True, exist_ok=True)
+    self.private = tempfile.mkdtemp(prefix="aigc-")  # the kernel's sockets: a path below 107 bytes, which a run's folder may not be
     events, theirs = os.pipe()
-    task = {"notebook": str(self.plan.job.path), "output": str(self.folder/"notebook.ipynb"), "parameters": self.plan.changed, "events": theirs, "run": self.record.id, "parent": os.getpid()}
+    task = {"private": self.private, "notebook": str(self.plan.job.path), "output": str(self.folder/"notebook.ipynb"), "parameters": self.plan.changed, "events": theirs, "run": self.record.id, "parent": os.getpid()}
     self.child = subprocess.Popen([sys.executable, "-P", "-c", "from aigc.run.child import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                   pass_fds=[theirs], start_new_session=True, env=_environment(self.record, self.folder, self.work, self.store))
     os.close(theirs)
@@ -172,7 +178,7 @@ def _prepare_page() -> None:
     "Import the page's slow library while the job works."
     with contextlib.suppress(ImportError): import nbconvert.exporters  # noqa: F401
 
-# %% ../../nbs/run/80_runner.ipynb #a57388f1
+# %% ../../nbs/run/80_runner.ipynb #295c8923
 @patch
 def read_log(self: _Supervisor) -> None:
     "Lines into the log; a progress bar's returns only change the line that is shown."
@@ -190,6 +196,7 @@ def read_events(self: _Supervisor, fd: int) -> None:
     "The child's events: which cell it is in, how it ended."
     with os.fdopen(fd, "r", encoding="utf-8") as lines:
         for line in lines:
+            if not line.endswith("\n"): break  # a kill cut it short
             event = json.loads(line)
             if "cell" in event and "of" in event:
                 self.cell, self.cells = event["cell"], event["of"]
@@ -219,7 +226,10 @@ def new_rows(self: _Supervisor, name: str) -> list[dict]:
     except OSError: return []
     whole = data[:data.rfind(b"\n") + 1]
     self.read[name] += len(whole)
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    rows = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError): rows.append(json.loads(line))
+    return rows
 
 # %% ../../nbs/run/80_runner.ipynb #2c395ac1
 @patch
@@ -250,7 +260,7 @@ def follow(self: _Supervisor) -> None:
         if self.stopped and now > self.kill_at: end_processes(self.record.id, grace=0)
         with contextlib.suppress(subprocess.TimeoutExpired): self.child.wait(0.2)
 
-# %% ../../nbs/run/80_runner.ipynb #1ac18cf2
+# %% ../../nbs/run/80_runner.ipynb #d4b0a08a
 _KILLS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # somebody wanted it; SIGSEGV and its like are the job's own failure
 
 
@@ -271,14 +281,14 @@ def verdict(self: _Supervisor) -> tuple[str, RunError | None]:
 def end(self: _Supervisor) -> RunRecord:
     "Nothing of the job stays; the record and the page are written."
     end_processes(self.record.id)
+    shutil.rmtree(self.private, ignore_errors=True)
     for reader in self.readers[:2]: reader.join(timeout=3)
     self.read_notes()
     self.record.status, self.record.error = self.verdict()
     self.record.ended = self.record.heartbeat = datetime.now(timezone.utc)
     self.record.wall_seconds = self.seconds
     self.say(f"{self.record.status} after {duration(self.seconds)}" + (f": {self.record.error.message}" if self.record.error else ""))
-    try: write_record(self.folder, self.record)
-    except OSError as e: raise AigcError("the disk is full" if _full(e) else f"the record cannot be written ({e.strerror})", place=f"run {self.record.id}", remedy="free some room (see: aigc store gc)") from e
+    with _writing(f"run {self.record.id}"): write_record(self.folder, self.record)
     if self.record.status == "succeeded": _remember(self.store, self.record); shutil.rmtree(self.work, ignore_errors=True)
     try: write_page(self.folder, self.record)
     except Exception as e: self.say(f"the page could not be written: {e}")  # a broken picture must not turn a good run into a failed one
@@ -293,13 +303,13 @@ def _remember(store: Store, record: RunRecord) -> None:
         (runs_folder(store)/".keys").mkdir(exist_ok=True)
         write_whole(runs_folder(store)/".keys"/record.key, record.id)
 
-# %% ../../nbs/run/80_runner.ipynb #b47dc776
+# %% ../../nbs/run/80_runner.ipynb #191ac8ff
 @contextlib.contextmanager
 def _signals(supervisor: _Supervisor) -> Iterator[None]:
     "SIGINT, SIGTERM and SIGHUP become an orderly end. Only the main thread may say so; elsewhere nothing changes."
     if threading.current_thread() is not threading.main_thread(): yield; return
     def asked(number, _): supervisor.stop("killed", signal.Signals(number).name, f"stopped by {signal.Signals(number).name}")
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # nohup stays nohup
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) not in (signal.SIG_IGN, None)]  # nohup stays nohup
     before = {s: signal.signal(s, asked) for s in wanted}
     try: yield
     finally:
@@ -308,7 +318,11 @@ def _signals(supervisor: _Supervisor) -> Iterator[None]:
 
 def _supervise(supervisor: _Supervisor) -> RunRecord:
     with _signals(supervisor):
-        supervisor.begin()
+        try: supervisor.begin()
+        except OSError as e:
+            supervisor.record.status, supervisor.record.error = "failed", RunError(kind="NotStarted", message=f"the job's process could not be started ({e.strerror or e})")
+            with _writing(f"run {supervisor.record.id}"): write_record(supervisor.folder, supervisor.record)
+            return supervisor.record
         try: supervisor.follow()
         except BaseException as e:
             supervisor.stop("killed", type(e).__name__, f"the supervisor was stopped by {type(e).__name__}")
@@ -317,7 +331,7 @@ def _supervise(supervisor: _Supervisor) -> RunRecord:
             raise
         return supervisor.end()
 
-# %% ../../nbs/run/80_runner.ipynb #d112d9b8
+# %% ../../nbs/run/80_runner.ipynb #879c2870
 def run_job(job: str | Path | Job, parameters: dict[str, Any] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None,
             pipeline: str = "", watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> RunRecord:
     """Run a job with (typed) parameters and return its record; a failed job is a record too, not an exception.
@@ -337,9 +351,10 @@ def _cached(plan: Plan, store: Store, source: RunRecord, pipeline: str) -> RunRe
     "A run that found its work done."
     folder, record = _new_run(plan, store, pipeline)
     record.status, record.cached_from, record.outputs, record.metrics, record.ended = "cached", source.id, source.outputs, source.metrics, datetime.now(timezone.utc)
-    for ref in record.outputs.values(): store.keep(ref, record.id)
-    write_record(folder, record)
-    write_page(folder, record)
+    with _writing(f"store {store.url}"):
+        for ref in record.outputs.values(): store.keep(ref, record.id)
+        write_record(folder, record)
+        write_page(folder, record)
     (folder/".reserve").unlink(missing_ok=True)
     return record
 
