@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['to_row', 'Fitting', 'fitting']
 
-# %% ../../nbs/train/10_rows.ipynb #4d0ad67c
+# %% ../../nbs/train/10_rows.ipynb #08c092c5
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import AigcError
+from ..core.progress import track
 from ..data.records import Record
 from ..models.template import encode
 
@@ -46,7 +47,7 @@ class Fitting:
         some = ", ".join(f"{id} ({tokens})" for id, _, tokens in self.dropped[:5])
         return f"{kept}\nleft out {len(self.dropped)} of {total} rows ({why}): {some}{', …' if len(self.dropped) > 5 else ''}"
 
-# %% ../../nbs/train/10_rows.ipynb #0800ef4a
+# %% ../../nbs/train/10_rows.ipynb #7a41f584
 def _says_nothing(messages: Sequence[dict]) -> bool: return not any((m.get("content") or "").strip() or m.get("tool_calls") for m in messages)
 
 
@@ -62,7 +63,7 @@ def _reason(row: dict, tokens: int, start: int, max_length: int) -> str:
 def fitting(tokenizer, records: Sequence[Record], method: str, *, max_length: int, dropped_share: float = 0.2, limit: int = 0, place: str = "training data") -> Fitting:
     """The first `limit` (0: all) rows that can be trained on. Raises `AigcError` when more than `dropped_share` of those looked at cannot, or none can."""
     found = Fitting([], max_length=max_length)
-    for record in records:
+    for record in track(records, f"tokens of the {place}"):
         if limit and len(found.rows) == limit: break
         row = to_row(record, method)
         try: sizes = [(len(ids), n) for name in ("completion", "chosen", "rejected") if name in row for ids, n in [encode(tokenizer, row["prompt"], row[name], row.get("tools"))]]
