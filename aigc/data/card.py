@@ -108,7 +108,7 @@ def _seen(d: Drop) -> str:
     value = d.value if isinstance(d.value, str) else json.dumps(d.value, ensure_ascii=False)
     return value[:120] if value.startswith(d.text) else f"{d.text[:70]} ({value[:70]})"
 
-# %% ../../nbs/data/70_card.ipynb #ecb80a46
+# %% ../../nbs/data/70_card.ipynb #1f023790
 def card_markdown(card: Card) -> str:
     "The card for people."
     out = [f"## Dataset `{card.name}`", "", card.what, "",
@@ -122,7 +122,7 @@ def card_markdown(card: Card) -> str:
     if drops: out += ["| reason | step | records | an example (value seen) |", "|---|---|---:|---|", *(_line(*d) for d in drops), ""]
     changed = [f"{what} in {n:,}" for what, n in sum((Counter(s.changed) for s in card.steps), Counter()).most_common()]
     if changed: out += [f"Changed: {', '.join(changed)}.", ""]
-    if card.unreadable: out += [f"{card.unreadable:,} files or rows could not be read; `rejected.jsonl` has every one with its reason.", ""]
+    if card.unreadable: out += [f"{card.unreadable:,} of the files or rows could not be read; `rejected.jsonl` has each with its reason.", ""]
     return "\n".join([*out, *(f"> {note}\n" for note in card.notes)])
 
 # %% ../../nbs/data/70_card.ipynb #3d1f1dbd
@@ -173,7 +173,7 @@ def length_picture(measured: Mapping[str, Mapping[str, Sequence[int]]]) -> Pictu
     axes[0][-1].legend(fontsize=8, frameon=False)
     return Picture(figure)
 
-# %% ../../nbs/data/70_card.ipynb #dbe48b3f
+# %% ../../nbs/data/70_card.ipynb #cf48c229
 _STEP_COLOURS = ["#4878a8", "#d97f3e", "#6aa16a", "#8a5fa8", "#b05a5a", "#7f7f7f"]
 
 
@@ -188,11 +188,11 @@ def removed_picture(steps: Sequence[Step | StepFacts]) -> Picture:
         ax.barh(y, n, color=_STEP_COLOURS[named.index(s.name) % len(_STEP_COLOURS)], height=0.75)
         ax.text(n + widest*0.01, y, f"{n:,}  ({n/s.before:.1%})", va="center", fontsize=9)
     ax.set_yticks(range(len(bars)), [f"{s.name}: {reason}" for s, reason, _ in bars], fontsize=9)
-    ax.set_xlim(0, widest*1.18); ax.set_ylim(len(bars) - 0.5, -0.5); ax.set_xlabel("records taken out", fontsize=9)
-    if not bars: ax.text(0.5, 0, "nothing was taken out", ha="center"); ax.set_yticks([])
+    ax.set_xlim(0, widest*1.18); ax.set_ylim(max(1, len(bars)) - 0.5, -0.5); ax.set_xlabel("records taken out", fontsize=9)
+    if not bars: ax.set_axis_off(); ax.text(0.5, 0.5, "no rule took anything out", ha="center", transform=ax.transAxes)
     return Picture(figure)
 
-# %% ../../nbs/data/70_card.ipynb #905cbb76
+# %% ../../nbs/data/70_card.ipynb #284b721e
 def split_picture(parts: Mapping[str, Sequence[Record]]) -> Picture:
     "Splits as bars; each stripe is one group (a module), so that it is seen whether one of them dominates."
     figure, axes = _figure(1, 1, 8, 0.7 + 0.42*len(parts))
@@ -204,5 +204,5 @@ def split_picture(parts: Mapping[str, Sequence[Record]]) -> Picture:
             ax.barh([y]*len(sizes[shade::2]), sizes[shade::2], left=starts[shade::2], color=COLOURS.get(name, "grey"), alpha=1 - 0.35*shade, height=0.7, linewidth=0)
         ax.text(len(records) + total*0.01, y, f"{len(records):,} in {len(sizes):,} groups, the largest {sizes[0] if sizes else 0:,}", va="center", fontsize=9)
     ax.set_yticks(range(len(parts)), list(parts), fontsize=9)
-    ax.set_xlim(0, total*1.32); ax.set_ylim(len(parts) - 0.5, -0.5); ax.set_xlabel("records; a stripe is a group", fontsize=9)
+    ax.set_xlim(0, total*1.32); ax.set_ylim(max(1, len(parts)) - 0.5, -0.5); ax.set_xlabel("records; a stripe is a group", fontsize=9)
     return Picture(figure)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normal', 'tokens', 'shingles', 'jaccard', 'shingle_sets', 'near_pairs', 'whole', 'dedup', 'closest']
 
-# %% ../../nbs/data/40_dedup.ipynb #274413ff
+# %% ../../nbs/data/40_dedup.ipynb #0655b10f
 import re, unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from rensa import RMinHash
 
-from ..core.progress import track
 from .clean import Step, drop
 from .records import Record
 

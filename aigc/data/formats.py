@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'detect', 'convert', 'data_files', 'read_data', 'check_share']
 
-# %% ../../nbs/data/10_formats.ipynb #c35b8b38
+# %% ../../nbs/data/10_formats.ipynb #978f287f
 import difflib, gzip, json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from ..core.errors import AigcError, nearest
 from ..core.settings import settings
 from .clean import Drop
-from .records import SPLITS, Message, Record, numbered_lines, parse_line, to_record
+from .records import Record, numbered_lines, parse_line, to_record
 
 # %% ../../nbs/data/10_formats.ipynb #c4a07f6b
 FORMS = {"messages": "messages", "conversations": "conversations (ShareGPT)", "preference": "prompt/chosen/rejected", "instruction": "instruction/input/output (Alpaca)", "prompt": "prompt/completion"}

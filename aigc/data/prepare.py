@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['MINI', 'docstring_steps', 'chat_steps', 'save_dataset', 'describe', 'split_file', 'make_mini']
 
-# %% ../../nbs/data/80_prepare.ipynb #7f765026
-import json, sys
+# %% ../../nbs/data/80_prepare.ipynb #f02052d2
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import AigcError
 from ..core.settings import settings
 from ..core.store import Artifact, Store
 from .card import Card, Picture, data_digest, lengths, split_facts, step_facts
@@ -19,9 +18,9 @@ from .clean import Drop, Step, chat_rules, clean, docstring_rules, tidy
 from .dedup import dedup, whole
 from .formats import check_share, read_data
 from .pii import redact, redact_text
-from .pydocs import Collection, code_of, collect
+from .pydocs import code_of, collect
 from .records import Record, write_jsonl
-from .split import asked, assert_no_leak, split
+from .split import assert_no_leak, split
 
 # %% ../../nbs/data/80_prepare.ipynb #9d7a50a1
 def docstring_steps(records: Sequence[Record], *, max_answer: int = 100, near: float = 0.8, suffix: str = "") -> list[Step]:

@@ -6,13 +6,13 @@
 __all__ = ['INSTRUCTION', 'YOUNG', 'to_prompt', 'code_of', 'without_docstring', 'generated_by', 'SourceFile', 'read_functions',
            'known_packages', 'locate', 'source_files', 'present', 'Collection', 'collect', 'describe_package']
 
-# %% ../../nbs/data/20_pydocs.ipynb #afe1f233
-import ast, functools, hashlib, importlib.metadata, importlib.util, sys, sysconfig, tokenize, warnings
+# %% ../../nbs/data/20_pydocs.ipynb #79980bbf
+import ast, functools, hashlib, importlib.metadata, importlib.util, re, sys, sysconfig, tokenize, warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.errors import AigcError, UsageError, unknown
+from ..core.errors import UsageError, unknown
 from ..core.progress import track
 from .clean import Drop
 from .records import Message, Record
@@ -53,16 +53,14 @@ def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Funct
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None: yield name, node
         yield from _functions(node, f"{name}." if name else prefix)
 
-# %% ../../nbs/data/20_pydocs.ipynb #23b795f9
-import re
-
+# %% ../../nbs/data/20_pydocs.ipynb #dbe10db5
 _GENERATED = re.compile(r"(?i)\b(auto-?generated|automatically generated|(file|module|code|this) (was|is|has been) generated|do not edit|don't edit)\b|^\W*generated (by|from)\b")
 
 
 def generated_by(text: str) -> str:
     "The line in the head of a file (its first ten lines) that says a program wrote it; empty when none does."
     for line in text.split("\n", 10)[:10]:
-        if line.lstrip().startswith(("#", '"', "'")) and (m := _GENERATED.search(line)): return line.strip()[:120]
+        if line.lstrip().startswith(("#", '"', "'")) and _GENERATED.search(line): return line.strip()[:120]
     return ""
 
 # %% ../../nbs/data/20_pydocs.ipynb #aa9d9693

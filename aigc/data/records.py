@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'Message', 'Record', 'to_line', 'write_jsonl', 'numbered_lines', 'parse_line', 'to_record', 'read_jsonl',
            'dataset_ref', 'dataset_path', 'load_split']
 
-# %% ../../nbs/data/00_records.ipynb #ca833eb8
+# %% ../../nbs/data/00_records.ipynb #5724e780
 import gzip, hashlib, json, os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..core.errors import AigcError, UsageError, nearest, unknown
+from ..core.errors import AigcError, nearest, unknown
 
 # %% ../../nbs/data/00_records.ipynb #312f2f49
 class Message(BaseModel):
