@@ -16,7 +16,7 @@ from torch import Tensor
 from aigc_kernels.packing import dequantize, pack_int32, pack_zeros, unpack_int32, unpack_zeros
 from ..core.errors import AigcError, UsageError, unknown
 
-# %% ../../nbs/quant/00_format.ipynb #e8ab4450
+# %% ../../nbs/quant/00_format.ipynb #5fe027f2
 class QuantConfig(BaseModel):
     "How the weights of a model are quantized: the frozen `quantization_config` of aigc's checkpoints."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,8 +26,8 @@ class QuantConfig(BaseModel):
     bits: Literal[4, 8] = 4
     group_size: int = Field(32, description="inputs that share a scale; -1: all inputs of an output")
     symmetric: bool = Field(False, description="no zeros: the middle of the range is zero")
-    method: Literal["rtn", "clip", "gptq"] = Field("gptq", description="how integers are chosen: nearest, clipped range, or GPTQ with calibration data")
-    ignore: tuple[str, ...] = Field((), description="names of linear layers, or their last parts, that stay as they are")
+    method: Literal["rtn", "clip", "gptq"] = Field("rtn", description="how integers are chosen: nearest, nearest in the best range, or GPTQ")
+    ignore: tuple[str, ...] | None = Field(None, description="linear layers that stay, by name or its last parts; None: the output head")
 
     @field_validator("group_size")
     @classmethod
@@ -50,8 +50,8 @@ class QuantConfig(BaseModel):
 
     def groups(self, columns: int) -> int: return 1 if self.group_size == -1 else columns // self.group_size
 
-# %% ../../nbs/quant/00_format.ipynb #3b0341b5
-FORMATS = {"w4a16": QuantConfig(), "w8a16": QuantConfig(bits=8, group_size=-1, symmetric=True, method="rtn")}
+# %% ../../nbs/quant/00_format.ipynb #2d94ec1b
+FORMATS = {"w4a16": QuantConfig(method="gptq"), "w8a16": QuantConfig(bits=8, group_size=-1, symmetric=True)}
 
 # %% ../../nbs/quant/00_format.ipynb #9d5ad6d7
 def check_shape(config: QuantConfig, name: str, rows: int, columns: int) -> None:
