@@ -6,8 +6,8 @@
 __all__ = ['EVERY_SECONDS', 'runs', 'RunName', 'Json', 'console', 'progress_line', 'Reporter', 'run_command', 'list_command',
            'show_command', 'html_command']
 
-# %% ../../nbs/cli/30_run.ipynb #4677fe9b
-import json, sys, time
+# %% ../../nbs/cli/30_run.ipynb #de684878
+import json, sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .store import age_text, print_json
-from ..core.errors import UsageError, unknown
+from ..core.errors import unknown
 from ..core.progress import duration
 from ..core.store import Store
 from ..run.jobs import find_job, find_pipeline, list_jobs, list_pipelines, short_name
 from ..run.page import write_page
 from ..run.parameters import parse_value, read_parameters, split_setting
-from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, plan_pipeline, report_pages, run_order, run_pipeline
+from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, plan_pipeline, report_pages, run_pipeline
 from ..run.record import RunRecord, describe_run, find_run, list_runs, runs_folder
 from ..run.runner import Progress, exit_code, find_cached, plan_job, run_job
 

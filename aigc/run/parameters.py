@@ -186,8 +186,8 @@ def _annotated(namespace: dict) -> dict[str, Any]:
         kinds[name] = _type(ast.parse(kind, mode="eval").body, name) if isinstance(kind, str) else kind
     return kinds
 
-# %% ../../nbs/run/10_parameters.ipynb #2ffda7a7
-_checked: dict[str, Any] = {}  # what the job of this process was told, for `current_run`
+# %% ../../nbs/run/10_parameters.ipynb #913b4740
+_checked: dict[str, int] = {}  # the namespace that was checked last
 
 
 def check(namespace: dict[str, Any]) -> None:
@@ -204,4 +204,4 @@ def check(namespace: dict[str, Any]) -> None:
         except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation): continue  # an annotated object of a later cell, on a second run
         if is_secret_name(name) and values[name]: raise UsageError(f"'{name}' is a secret, and parameters are recorded", remedy="let the job read it from the environment")
     namespace.update(values)
-    _checked.update(namespace=id(namespace), parameters=values)
+    _checked["namespace"] = id(namespace)

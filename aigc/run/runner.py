@@ -6,7 +6,7 @@
 __all__ = ['Watch', 'HEARTBEAT_SECONDS', 'LOOK_SECONDS', 'GRACE_SECONDS', 'Plan', 'plan_job', 'find_cached', 'Progress',
            'run_job', 'exit_code']
 
-# %% ../../nbs/run/80_runner.ipynb #d5c67d7f
+# %% ../../nbs/run/80_runner.ipynb #76ccb7a2
 import contextlib, errno, fcntl, json, os, secrets, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 
