@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Settings', 'user_folder', 'workspace', 'settings', 'use_threads']
 
-# %% ../../nbs/core/10_settings.ipynb #510b0df6
-import configparser, os, sys
+# %% ../../nbs/core/10_settings.ipynb #0f82074f
+import configparser, os, sys, warnings
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .errors import UsageError, unknown
 
-# %% ../../nbs/core/10_settings.ipynb #ab73b6cb
+# %% ../../nbs/core/10_settings.ipynb #aa0bbad2
 for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRL_EXPERIMENTAL_SILENCE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns and may dead-lock in forked workers
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # %% ../../nbs/core/10_settings.ipynb #686db673
 class Settings(BaseModel):
