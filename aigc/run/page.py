@@ -114,13 +114,18 @@ def _highlighting() -> str:
     light, dark = (HtmlFormatter(style=s, nobackground=True).get_style_defs(".highlight") for s in ("default", "github-dark"))
     return f"{light}\n@media (prefers-color-scheme:dark){{\n{dark}\n}}\n.highlight{{background:none}}"
 
-# %% ../../nbs/run/70_page.ipynb #ea73be68
+# %% ../../nbs/run/70_page.ipynb #7892df0b
 def _rows(pairs) -> str:
     return "<dl>" + "".join(f"<div><dt>{html.escape(str(a))}</dt><dd>{html.escape(b if isinstance(b, str) else _number(b) if isinstance(b, (int, float)) and not isinstance(b, bool) else json.dumps(b, ensure_ascii=False))}</dd></div>" for a, b in pairs) + "</dl>"
 
 
+_FIRST = 24  # an evaluation logs a hundred metrics: the rest is folded away
+
+
 def _card(title: str, pairs) -> str:
-    return f"<section><h2>{title}</h2>{_rows(pairs)}</section>" if pairs else ""
+    if not pairs: return ""
+    more = f"<details><summary>{len(pairs) - _FIRST} more</summary>{_rows(pairs[_FIRST:])}</details>" if len(pairs) > _FIRST else ""
+    return f"<section><h2>{title}</h2>{_rows(pairs[:_FIRST])}{more}</section>"
 
 
 def _error(record: RunRecord) -> str:

@@ -177,7 +177,7 @@ def _prepare_page() -> None:
     "Import the page's slow library while the job works."
     with contextlib.suppress(ImportError): import nbconvert.exporters  # noqa: F401
 
-# %% ../../nbs/run/80_runner.ipynb #295c8923
+# %% ../../nbs/run/80_runner.ipynb #8d7293f3
 @patch
 def read_log(self: _Supervisor) -> None:
     "Lines into the log; a progress bar's returns only change the line that is shown."
@@ -212,7 +212,7 @@ def read_notes(self: _Supervisor) -> None:
             said = {k: v for k, v in row.items() if k not in ("time", "step")}
             self.record.metrics.update(said)
             step = f"step {row['step']}: " if "step" in row else ""
-            self.line = step + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items())
+            self.line = step + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(said.items())[:8])
         elif "output" in row: self.record.outputs[row["output"]] = row["ref"]
         elif row["ref"] not in self.record.inputs: self.record.inputs.append(row["ref"])
 
