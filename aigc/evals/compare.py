@@ -45,7 +45,7 @@ def pick(records: list, limit: int, seed: int) -> list:
     chosen = set(random.Random(seed).sample(range(len(records)), limit))
     return [r for n, r in enumerate(records) if n in chosen]
 
-# %% ../../nbs/evals/08_compare.ipynb #e9edbddc
+# %% ../../nbs/evals/08_compare.ipynb #550e6f59
 def _questions(data: str, split: str, new_split: bool, limit: int, seed: int, max_tokens: int, model: str, store: Store) -> tuple[dict[str, list], int]:
     "Records by split, and how many were too long."
     from transformers import AutoConfig
@@ -74,7 +74,7 @@ def _measure(label: str, ref: str, questions: dict[str, list], folder: Path, key
     model, tokenizer = load_model(ref, store=store)
     generator = TransformersGenerator(model, tokenizer, batch_size=batch_size, name=label)
     for split, records in questions.items(): evaluate_model(generator, records, out=out, key=key, label=label, split=split, max_tokens=max_tokens, batch_size=batch_size)
-    prompts = [ids[:start] for ids, start in answer_sequences(tokenizer, next(iter(questions.values()))[:speed_prompts])]
+    prompts = [ids[:start] for ids, start in answer_sequences(tokenizer, next(iter(questions.values()))[:speed_prompts])] if speed_prompts else []
     subject = Subject(label=label, ref=ref, bytes=weight_bytes(model_path(ref, store)), decode=decode_speed(model, prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
     with open(known, "a", encoding="utf-8") as f: f.write(f"{key} {subject.model_dump_json()}\n")
     return subject
@@ -84,7 +84,7 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # what follows the last line end was cut short
     return [(key, Subject.model_validate_json(text)) for key, text in (line.split(" ", 1) for line in lines)]
 
-# %% ../../nbs/evals/08_compare.ipynb #f99677c6
+# %% ../../nbs/evals/08_compare.ipynb #96ff86f4
 def drift_between(a: str, b: str, records: list, batch_size: int = 8, store: Store | None = None) -> Drift:
     "The drift of model `a` from model `b` on the reference answers of `records`, by group."
     model_a, tokenizer = load_model(a, store=store)
@@ -94,22 +94,22 @@ def drift_between(a: str, b: str, records: list, batch_size: int = 8, store: Sto
 
 
 def compare_models(models: dict[str, str], data: str, *, folder: str | Path, source: str = "", split: str = "test", new_split: bool = False, limit: int = 0, max_tokens: int = 48, batch_size: int = 16,
-                   seed: int = 42, title: str = "", store: Store | None = None) -> EvalReport:
+                   seed: int = 42, speed_prompts: int = 6, title: str = "", store: Store | None = None) -> EvalReport:
     """Evaluate `models` (label → name) on a split of `data` and report; the first model is the one the others are compared with.
 
-    With `source` (a label), the last model is compared with it as its quantized version. `items.jsonl` grows in `folder`; a second call there goes on."""
+    With `source` (a label), the last model is compared with it as its quantized version. `speed_prompts`: on how many prompts decoding alone is timed (0: not at all).
+    `items.jsonl` grows in `folder`; a second call there goes on."""
     store, folder, labels = store or Store(), Path(folder), list(models)
     folder.mkdir(parents=True, exist_ok=True)
     if source and source == labels[-1]: raise AigcError("the last model is the source itself", place="source", remedy="name the unquantized model as source, and the quantized one last")
     ref = dataset_ref(data, store)
     questions, too_long = _questions(data, split, new_split, limit, seed, max_tokens, models[labels[0]], store)
-    subjects = []
+    subjects, keys = [], {}
     for label, name in models.items():
-        key = measurement_key(model=name, data=ref, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed)
-        subjects.append(_measure(label, name, questions, folder, key, max_tokens, batch_size, 6, store))
+        key = keys[label] = measurement_key(model=name, data=ref, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed, speed_prompts=speed_prompts)
+        subjects.append(_measure(label, name, questions, folder, key, max_tokens, batch_size, speed_prompts, store))
         gc.collect()  # a model holds circles of references: its memory must be free before the next one comes
-    keys = {s.label: measurement_key(model=s.ref, data=ref, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed) for s in subjects}
-    items = [i for i in read_items(folder/"items.jsonl") if keys.get(i.model) == i.key]
+    items = [i for i in read_items(folder/"items.jsonl") if i.key == keys.get(i.model)]
     records = [r for part in questions.values() for r in part]
     moved = drift_between(models[labels[-1]], models[source], records, batch_size, store) if source else None
     loads = [s.load for s in subjects if s.load is not None]
