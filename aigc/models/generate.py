@@ -7,11 +7,12 @@ __all__ = ['Request', 'Chunk', 'Completion', 'Generator', 'EngineStatus', 'Engin
            'prompt_ids', 'TextStream', 'draw', 'Row', 'Batch', 'TransformersGenerator', 'OpenAIGenerator',
            'load_generator']
 
-# %% ../../nbs/models/40_generate.ipynb #89f5f3b5
+# %% ../../nbs/models/40_generate.ipynb #ee46bb14
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
@@ -365,7 +366,7 @@ def logprobs(self: TransformersGenerator, prompt_ids: list[list[int]], completio
     finally: self.model.train(was_training)
     return found
 
-# %% ../../nbs/models/40_generate.ipynb #7c24d271
+# %% ../../nbs/models/40_generate.ipynb #c9d17632
 class OpenAIGenerator:
     "An endpoint with the OpenAI protocol that answers requests, up to `parallel` of them together. The key defaults to `$OPENAI_API_KEY`."
 
@@ -375,19 +376,27 @@ class OpenAIGenerator:
         try: self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=retries, timeout=timeout)
         except openai.OpenAIError: self.client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=retries, timeout=timeout)  # no key anywhere: the endpoint may need none
 
-    def _ask(self, request: Request, **more):
+    @contextmanager
+    def _told(self):
+        "What the endpoint or the network says, as an `AigcError`."
         import openai
+        try: yield
+        except openai.APIConnectionError as e: raise AigcError("no endpoint answers", place=self.base_url, remedy="check the address, or start one: aigc serve MODEL") from e
+        except openai.APIError as e:
+            message = e.body.get("message") if isinstance(e.body, dict) else None
+            raise AigcError(f"the endpoint refused ({getattr(e, 'status_code', 'in the stream')}: {message or e.message})", place=self.base_url) from e
+
+    def models(self) -> list[str]:
+        "What the endpoint serves."
+        with self._told(): return [m.id for m in self.client.models.list()]
+
+    def _ask(self, request: Request, **more):
         fields = request.model_dump(exclude={"messages", "prompt", "top_k"}, exclude_none=True) | more
         if not request.stop: fields.pop("stop")
         if request.top_k: fields["extra_body"] = {"top_k": request.top_k}  # not OpenAI's own; vLLM and `aigc serve` know it
-        try:
+        with self._told():
             if request.messages is not None: return self.client.chat.completions.create(model=self.name, messages=request.messages, **fields)
             return self.client.completions.create(model=self.name, prompt=request.prompt, **fields)
-        except openai.APIStatusError as e:
-            message = (e.body or {}).get("message") if isinstance(e.body, dict) else None
-            raise AigcError(f"the endpoint refused ({e.status_code}: {message or e.message})", place=self.base_url) from e
-        except openai.APIConnectionError as e:
-            raise AigcError("no endpoint answers", place=self.base_url, remedy="check the address, or start one: aigc serve MODEL") from e
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         "The answers, in the order of the requests."
@@ -403,7 +412,7 @@ class OpenAIGenerator:
 
     def stream(self, request: Request) -> Iterator[str]:
         "The answer in the pieces that the endpoint sends."
-        with self._ask(request, stream=True) as events:
+        with self._ask(request, stream=True) as events, self._told():
             for event in events:
                 if not event.choices: continue
                 piece = event.choices[0].delta.content if request.messages is not None else event.choices[0].text

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEY_VARIABLE', 'bind', 'is_loopback', 'url_of', 'configured_keys', 'require_keys', 'Endpoint']
 
-# %% ../../nbs/serve/40_server.ipynb #e212dc3b
+# %% ../../nbs/serve/40_server.ipynb #09b9ddb2
 import copy, ipaddress, os, signal, socket, threading, time
 from collections.abc import Callable, Sequence
 
@@ -14,8 +14,6 @@ from uvicorn.config import LOGGING_CONFIG
 
 from ..core.errors import AigcError, UsageError
 from ..core.progress import duration
-from .app import create_app
-from .engine import LocalEngine
 
 # %% ../../nbs/serve/40_server.ipynb #363b6408
 def bind(host: str, port: int) -> socket.socket:
@@ -58,22 +56,23 @@ def require_keys(keys: Sequence[str], taken: socket.socket) -> None:
     if not keys and not is_loopback(taken):
         raise UsageError("other machines can reach this address, and no API key is set", place=url_of(taken), remedy=f"set {KEY_VARIABLE}, or use --host 127.0.0.1")
 
-# %% ../../nbs/serve/40_server.ipynb #7a94e66b
+# %% ../../nbs/serve/40_server.ipynb #32e60afc
 def _log_config(level: str) -> dict:
     config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["uvicorn"]["level"] = "WARNING"  # our two lines say what its start-up lines would
+    for name in ("uvicorn", "uvicorn.error"): config["loggers"][name]["level"] = "WARNING"  # our two lines say what its start-up lines would
     config["loggers"]["uvicorn.access"]["level"] = level
     config["loggers"]["aigc.serve"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return config
 
 
 class Endpoint:
-    """A started engine, served on a bound socket. `run` returns after SIGTERM, Ctrl-C or `stop()`, and raises what loading the model raised.
+    """A started `LocalEngine`, served on a bound socket. `run` returns after SIGTERM, Ctrl-C or `stop()`, and raises what loading the model raised.
 
     `grace`: seconds that running answers get to finish. `tell`: gets the lines for people and programs (default: stdout)."""
 
-    def __init__(self, engine: LocalEngine, taken: socket.socket, *, keys: Sequence[str] = (), model_names: Sequence[str] = (), grace: int = 10, access_log: bool = True,
+    def __init__(self, engine, taken: socket.socket, *, keys: Sequence[str] = (), model_names: Sequence[str] = (), grace: int = 10, access_log: bool = True,
                  tell: Callable[[str], None] = lambda line: print(line, flush=True)):
+        from aigc.serve.app import create_app  # torch comes with it
         require_keys(keys, taken)
         self.engine, self.taken, self.tell, self.url, self.has_keys = engine, taken, tell, url_of(taken), bool(keys)
         app = create_app(engine, keys=keys, model_names=model_names)
