@@ -33,7 +33,7 @@ def save_model(model, tokenizer, folder: str | Path, *, dtype: torch.dtype = tor
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
-# %% ../../nbs/train/30_merge.ipynb #5ae5074d
+# %% ../../nbs/train/30_merge.ipynb #8ab7834f
 @dataclass
 class Merged:
     "A merged model's folder, and how far its scores (logits, over all positions of `tokens` tokens) lie from those of base plus adapter."
@@ -46,7 +46,7 @@ class Merged:
 
     def summary(self) -> str:
         "One sentence for the log."
-        return (f"merged into {self.dtype}: logits differ by at most {self.max_logit_difference:.1e} after merging in fp32 and {self.max_logit_difference_stored:.1e} as stored; "
+        return (f"merged into {self.dtype}: logits differ by at most {self.max_logit_difference:.1e} after merging in fp32 and {self.max_logit_difference_stored:.1e} with the weights as stored; "
                 f"the likeliest token is the same at {self.top1_agreement:.1%} of {self.tokens} positions")
 
     def metrics(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ PROBES = ["Write the one-line docstring of this Python function.\n```python\ndef
 @torch.no_grad()
 def _logits(model, batches: list[torch.Tensor]) -> list[torch.Tensor]: return [model(input_ids=ids).logits[0].float().cpu() for ids in batches]
 
-# %% ../../nbs/train/30_merge.ipynb #1393ea28
+# %% ../../nbs/train/30_merge.ipynb #71e6f6aa
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None, store: Store | None = None, dtype: torch.dtype | None = None,
                   probes: Sequence[str] = PROBES, bound: float = 1e-2, device: str | None = None) -> Merged:
     """Merge `adapter` (folder or store reference) into its base and write the whole model to the folder `out`.
@@ -84,7 +84,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     if not exact <= bound:  # a NaN too
         raise AigcError(f"merging moves a logit by {exact:.3g}, more than {bound:g}", place=str(adapter), remedy="check that the adapter was trained on this base")
     save_model(merged, tokenizer, out, dtype=stored)
-    after = _logits(merged, batches)  # rounded to the stored type by now
+    after = _logits(merged.to(torch.float32), batches)  # the weights are rounded to the stored type by now; the arithmetic stays fp32
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(before, after)])
     difference = max((a - b).abs().max().item() for a, b in zip(before, after))
     return Merged(Path(out), exact, difference, same.float().mean().item(), len(same), str(stored).removeprefix("torch."))
