@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/quant/40_methods.ipynb #feca17e4
+# %% ../../nbs/quant/40_methods.ipynb #63eb6e9f
 from ..core.errors import AigcError, UsageError
 from ..core.progress import track
 from .format import QuantConfig, QuantTensor
 from .layers import QuantLinear, quantizable, weight_bytes
 from .plugin import attach, settle
-from .rounding import gptq, output_error, round_nearest
+from .rounding import gptq, one_thread, output_error, round_nearest
 
 # %% ../../nbs/quant/40_methods.ipynb #2bca2cbc
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -117,7 +117,7 @@ class QuantReport:
         return (f"{len(self.names)} linear layers in {self.config.bits} bits ({self.config.method}): {self.share:.1%} of their bf16 bytes; {what} {sum(self.errors)/len(self.errors):.1%} on average "
                 f"(rounding to nearest: {sum(self.nearest)/len(self.nearest):.1%}), worst {self.errors[worst]:.1%} in {self.names[worst]}; {self.seconds:.0f} s")
 
-# %% ../../nbs/quant/40_methods.ipynb #61651918
+# %% ../../nbs/quant/40_methods.ipynb #be1df5fd
 def _error(weight: Tensor, tensor: QuantTensor, moments: Tensor | None) -> float:
     if moments is not None and moments.dim() == 2: return output_error(weight, tensor, moments)
     return ((tensor.dequantize() - weight).norm() / weight.norm().clamp(min=1e-20)).item()
@@ -129,15 +129,16 @@ def _rows(tensor: QuantTensor, rows: slice) -> QuantTensor: return QuantTensor(t
 def _quantize_group(model: nn.Module, layers: dict[str, nn.Linear], names: Sequence[str], moments: Tensor | None, config: QuantConfig, report: QuantReport) -> None:
     "Quantize layers with one input as one tall matrix, and put the results in their places."
     tall, at = torch.cat([layers[n].weight.detach().float() for n in names]), 0
-    nearest = round_nearest(tall, config.model_copy(update={"method": "rtn"}))
-    if config.method == "gptq" and moments is not None: tensor = gptq(tall, moments, config)
-    else: tensor = nearest if config.method == "rtn" else round_nearest(tall, config, moments)
-    for name in names:
-        rows = slice(at, at := at + layers[name].out_features)
-        model.set_submodule(name, QuantLinear.from_linear(layers[name], _rows(tensor, rows), config))
-        report.names.append(name)
-        report.errors.append(_error(tall[rows], _rows(tensor, rows), moments))
-        report.nearest.append(_error(tall[rows], _rows(nearest, rows), moments))
+    with one_thread(tall.numel() < 2**23):
+        nearest = round_nearest(tall, config.model_copy(update={"method": "rtn"}))
+        if config.method == "gptq" and moments is not None: tensor = gptq(tall, moments, config)
+        else: tensor = nearest if config.method == "rtn" else round_nearest(tall, config, moments)
+        for name in names:
+            rows = slice(at, at := at + layers[name].out_features)
+            model.set_submodule(name, QuantLinear.from_linear(layers[name], _rows(tensor, rows), config))
+            report.names.append(name)
+            report.errors.append(_error(tall[rows], _rows(tensor, rows), moments))
+            report.nearest.append(_error(tall[rows], _rows(nearest, rows), moments))
 
 
 @torch.no_grad()
