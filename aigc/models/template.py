@@ -35,11 +35,11 @@ def end_of_turn(tokenizer) -> int:
     if found is None: raise AigcError("neither the chat template nor the tokenizer names a token that ends an answer", place="tokenizer", remedy="set its eos_token")
     return found
 
-# %% ../../nbs/models/30_template.ipynb #a3c4ef53
+# %% ../../nbs/models/30_template.ipynb #96b5f8ea
 def encode(tokenizer, prompt: Sequence[dict], completion: Sequence[dict], tools: Sequence[dict] | None = None) -> tuple[list[int], int]:
     "`(input_ids, n)`: the tokens of prompt and completion together; the first `n` belong to the prompt."
-    whole = tokenizer(render(tokenizer, [*prompt, *completion], tools=tools), add_special_tokens=False)["input_ids"]
-    start = tokenizer(render(tokenizer, prompt, generate=True, tools=tools), add_special_tokens=False)["input_ids"]
+    whole = tokenizer(render(tokenizer, [*prompt, *completion], tools=tools), add_special_tokens=False, verbose=False)["input_ids"]
+    start = tokenizer(render(tokenizer, prompt, generate=True, tools=tools), add_special_tokens=False, verbose=False)["input_ids"]
     n = next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), min(len(start), len(whole)))
     return whole, n
 
