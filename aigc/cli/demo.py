@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTION', 'newest', 'result_table', 'served', 'ask', 'demo_command', 'lab_command']
 
-# %% ../../nbs/cli/80_demo.ipynb #17db03be
+# %% ../../nbs/cli/80_demo.ipynb #6f73e60a
 import os, re, subprocess, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from .run import _run_pipeline
+from .run import _run_pipeline, console
 from ..core.errors import AigcError, require
 from ..core.store import Store
 from ..run.record import RunRecord, list_runs
 
-# %% ../../nbs/cli/80_demo.ipynb #51618980
+# %% ../../nbs/cli/80_demo.ipynb #ecc108ff
 def newest(step: str, store: Store) -> RunRecord:
     "The newest good run of a pipeline's step, such as `demo/quantize`."
     found = next((r for r in list_runs(store) if r.pipeline == step and r.status in ("succeeded", "cached")), None)
@@ -27,11 +28,12 @@ def newest(step: str, store: Store) -> RunRecord:
     return found
 
 
-def result_table(step: str, store: Store) -> str:
-    "The comparison of the report that a step made, as Markdown."
-    from aigc.evals.report import EvalReport
-    report = EvalReport.model_validate_json((store.path(newest(step, store).outputs["report"])/"summary.json").read_text(encoding="utf-8"))
-    return report.markdown("test")
+def result_table(report) -> Table:
+    "The comparison of an `EvalReport` on its first split, for a terminal: means with intervals, differences to the first model below them."
+    head, _, *rows = [[cell.strip().replace("<br>", "\n") for cell in line.strip("|").split("|")] for line in report.markdown().splitlines()]
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row in rows: table.add_row(*row)
+    return table
 
 # %% ../../nbs/cli/80_demo.ipynb #d44d0fa3
 @contextmanager
@@ -69,7 +71,7 @@ def ask(url: str, model: str, question: str, max_tokens: int = 60) -> Iterator[s
     key = os.environ.get("AIGC_API_KEY", "").split(",")[0].strip() or None
     yield from OpenAIGenerator(url, model, key).stream(Request(messages=[{"role": "user", "content": question}], max_tokens=max_tokens))
 
-# %% ../../nbs/cli/80_demo.ipynb #b284f214
+# %% ../../nbs/cli/80_demo.ipynb #96f9b899
 def demo_command(
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="a parameter of the pipeline, such as data=my.jsonl or model=./dir")] = [],
     question: Annotated[str, typer.Option(help="what to ask the served model at the end")] = QUESTION,
@@ -79,17 +81,17 @@ def demo_command(
     """From source code on this machine to a served model: run the demo pipeline, serve its result, ask it one question.
 
     Example: aigc demo"""
-    from rich.console import Console
-    from rich.markdown import Markdown
     store = Store()
     if code := _run_pipeline(pipeline, settings, store, force, False, None, False): raise typer.Exit(code)
-    Console(highlight=False).print(Markdown(result_table(f"{pipeline}/evaluate", store)))
-    report = store.path(newest(f"{pipeline}/evaluate", store).outputs["report"])/"report.html"
+    from aigc.evals.report import EvalReport
+    folder = store.path(newest(f"{pipeline}/evaluate", store).outputs["report"])
+    report = EvalReport.model_validate_json((folder/"summary.json").read_text(encoding="utf-8"))
+    console().print(result_table(report), *report.headline(), sep="\n", soft_wrap=True)
     model = newest(f"{pipeline}/quantize", store).outputs["model"]
     with served(model, store) as (url, name):
         typer.echo(f"\n{model} is served at {url}. A question over HTTP:\n\n{question}\n\nand its answer, as it comes:\n")
         for piece in ask(url, name, question): typer.echo(piece, nl=False)
-    typer.echo(f"\n\nreport: {report}\nserve it again: aigc serve {model}")
+    typer.echo(f"\n\nreport: {folder/'report.html'}\nserve it again: aigc serve {model}")
 
 # %% ../../nbs/cli/80_demo.ipynb #b7513854
 def lab_command(
