@@ -84,7 +84,7 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # what follows the last line end was cut short
     return [(key, Subject.model_validate_json(text)) for key, text in (line.split(" ", 1) for line in lines)]
 
-# %% ../../nbs/evals/08_compare.ipynb #96ff86f4
+# %% ../../nbs/evals/08_compare.ipynb #2abdf3c7
 def drift_between(a: str, b: str, records: list, batch_size: int = 8, store: Store | None = None) -> Drift:
     "The drift of model `a` from model `b` on the reference answers of `records`, by group."
     model_a, tokenizer = load_model(a, store=store)
@@ -94,7 +94,7 @@ def drift_between(a: str, b: str, records: list, batch_size: int = 8, store: Sto
 
 
 def compare_models(models: dict[str, str], data: str, *, folder: str | Path, source: str = "", split: str = "test", new_split: bool = False, limit: int = 0, max_tokens: int = 48, batch_size: int = 16,
-                   seed: int = 42, speed_prompts: int = 6, title: str = "", store: Store | None = None) -> EvalReport:
+                   seed: int = 42, speed_prompts: int = 5, title: str = "", store: Store | None = None) -> EvalReport:
     """Evaluate `models` (label → name) on a split of `data` and report; the first model is the one the others are compared with.
 
     With `source` (a label), the last model is compared with it as its quantized version. `speed_prompts`: on how many prompts decoding alone is timed (0: not at all).

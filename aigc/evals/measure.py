@@ -117,7 +117,7 @@ def fitting(records: Sequence, tokenizer, context: int, max_tokens: int) -> tupl
 def _question(record) -> list[dict]:
     return record.prompt_completion()[0] if record.messages is not None else [m.as_dict() for m in record.prompt]
 
-# %% ../../nbs/evals/05_measure.ipynb #852d1a8d
+# %% ../../nbs/evals/05_measure.ipynb #0f81ada9
 def weight_bytes(folder: str | Path) -> int:
     "Bytes of the weight files in a model's folder."
     return sum(f.stat().st_size for f in Path(folder).iterdir() if f.suffix in (".safetensors", ".gguf", ".bin"))
@@ -136,7 +136,7 @@ def _decode_seconds(model, prompt_ids: list[int], tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def decode_speed(model, prompts: Sequence[list[int]], tokens: int = 24) -> Interval:
+def decode_speed(model, prompts: Sequence[list[int]], tokens: int = 16) -> Interval:
     "Tokens per second of greedy decoding at batch 1, prompt reading excluded; one measurement per prompt (token ids), after one to warm up."
     _decode_seconds(model, prompts[0], min(tokens, 4))
     return ratio_bootstrap([tokens] * len(prompts), [_decode_seconds(model, p, tokens) for p in prompts])

@@ -208,7 +208,7 @@ def headline(self: EvalReport) -> list[str]:
         if self.kept.drift: said.append(f"Its distribution moved by {self.kept.drift.kl.show('.4f')} nats per token; the first choice is the same on {self.kept.drift.top1.show('.1%')} of tokens.")
     return said
 
-# %% ../../nbs/evals/07_report.ipynb #97cbc2ea
+# %% ../../nbs/evals/07_report.ipynb #1ee85c1f
 def _flat(name: str, i: Interval) -> dict[str, float]: return {name: i.mean, f"{name}_low": i.low, f"{name}_high": i.high}
 
 
@@ -216,18 +216,18 @@ def _flat(name: str, i: Interval) -> dict[str, float]: return {name: i.mean, f"{
 def metrics(self: EvalReport) -> dict[str, float]:
     "The headline figures under flat names, for a run's record and for comparing runs."
     found: dict[str, float] = {}
-    for row in self.rows:
-        main = row.split == self.rows[0].split
-        place, wanted = ("", HEADLINE) if main else (f"{row.split}.", HEADLINE[:1])
-        figures = {name: row.metrics[name] for name in wanted if name in row.metrics}
-        for name, i in figures.items(): found |= _flat(f"{place}{row.model}.{name}", i)
-        if row.model == self.subjects[-1].label: found |= {key: v for name, i in figures.items() for key, v in _flat(f"{place}{name}", i).items()}
-    if self.kept:
-        for split, ratios in self.kept.ratios.items():
-            place = "" if split == self.rows[0].split else f"{split}."
-            for name in HEADLINE[:1]: found |= _flat(f"{place}kept.{name}", ratios[name]) if name in ratios else {}
-        if self.kept.size_ratio: found["kept.size"] = self.kept.size_ratio
-        if self.kept.drift: found |= _flat("drift.kl", self.kept.drift.kl) | _flat("drift.top1", self.kept.drift.top1)
+    for name in HEADLINE:
+        for row in self.rows:
+            main = row.split == self.rows[0].split
+            if name not in row.metrics or not main and name != HEADLINE[0]: continue
+            place = "" if main else f"{row.split}."
+            found |= _flat(f"{place}{row.model}.{name}", row.metrics[name])
+            if row.model == self.subjects[-1].label: found |= _flat(f"{place}{name}", row.metrics[name])
+        if self.kept and name == HEADLINE[0]:
+            for split, ratios in self.kept.ratios.items():
+                if name in ratios: found |= _flat(("" if split == self.rows[0].split else f"{split}.") + f"kept.{name}", ratios[name])
+            if self.kept.size_ratio: found["kept.size"] = self.kept.size_ratio
+            if self.kept.drift: found |= _flat("drift.kl", self.kept.drift.kl) | _flat("drift.top1", self.kept.drift.top1)
     return found
 
 # %% ../../nbs/evals/07_report.ipynb #5a6d20e1
