@@ -54,7 +54,7 @@ def attach(model: nn.Module, config: QuantConfig) -> None:
     model.hf_quantizer = AigcQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, "aigc"
 
-# %% ../../nbs/quant/30_plugin.ipynb #eee37f80
+# %% ../../nbs/quant/30_plugin.ipynb #f22b76b1
 class _QuantizeOnLoad(ConversionOps):
     "One bf16 weight in, its packed tensors out."
     def __init__(self, quantizer): self.hf_quantizer = quantizer
@@ -106,6 +106,7 @@ class AigcQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None, **kwargs):
+        if isinstance(dtype, str): dtype = getattr(torch, dtype)  # after `save_pretrained` a configuration holds a name
         for name, layer in list(quantized(model)):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.dequantize().to(dtype or torch.bfloat16), requires_grad=False)
