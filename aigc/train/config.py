@@ -100,7 +100,7 @@ FIXED: dict[str, Any] = dict(report_to="none", push_to_hub=False, disable_tqdm=T
 BATCHING: dict[str, dict[str, Any]] = {"length": {}, "random": {}, "padding_free": dict(padding_free=True, max_length=None), "packed": dict(packing=True)}
 CHECKED: dict[str, Any] = dict(eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
 
-# %% ../../nbs/train/00_config.ipynb #017f551c
+# %% ../../nbs/train/00_config.ipynb #c79da40f
 def has_bf16(device: str) -> bool:
     "Whether the device multiplies bf16 numbers itself; a CPU without AVX512-BF16 or AMX only imitates it, slowly."
     import torch
@@ -118,7 +118,7 @@ def trl_arguments(config: TrainConfig, output_dir: str, *, device: str = "cpu", 
     named["max_steps"] = config.max_steps or -1
     checks = CHECKED | dict(eval_steps=config.check_steps, per_device_eval_batch_size=config.batch_size) if validated else {}
     extra = dict(loss_type=[config.loss, "sft"] if config.sft_weight else [config.loss], loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
-                 precompute_ref_log_probs=True, disable_dropout=config.lora_dropout == 0) if config.method == "dpo" else {}
+                 precompute_ref_log_probs=config.lora_rank == 0 or config.epochs > 1, disable_dropout=config.lora_dropout == 0) if config.method == "dpo" else {}
     return FIXED | named | BATCHING[config.batching] | checks | extra | dict(output_dir=str(output_dir), use_cpu=device == "cpu")
 
 
