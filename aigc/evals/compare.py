@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_models', 'pick', 'drift_between', 'compare_models']
 
-# %% ../../nbs/evals/08_compare.ipynb #44f84f2d
+# %% ../../nbs/evals/08_compare.ipynb #0efcf81a
 import gc, random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from .drift import Drift, answer_sequences, drift
 from .measure import conditions, decode_speed, evaluate_model, fitting, load, measurement_key, read_items, weight_bytes
 from .report import EvalReport, Subject, make_report
 from ..models.generate import TransformersGenerator
-from ..models.sources import load_model, load_tokenizer, model_path, model_ref
+from ..models.sources import adapter_base, load_model, load_tokenizer, model_path, model_ref
 
 # %% ../../nbs/evals/08_compare.ipynb #94173876
 def label_models(models: Sequence[str], names: Sequence[str] = (), source: str = "", store: Store | None = None) -> tuple[dict[str, str], str]:
@@ -45,18 +45,24 @@ def pick(records: list, limit: int, seed: int) -> list:
     chosen = set(random.Random(seed).sample(range(len(records)), limit))
     return [r for n, r in enumerate(records) if n in chosen]
 
-# %% ../../nbs/evals/08_compare.ipynb #550e6f59
+# %% ../../nbs/evals/08_compare.ipynb #c51a7fa0
 def _questions(data: str, split: str, new_split: bool, limit: int, seed: int, max_tokens: int, model: str, store: Store) -> tuple[dict[str, list], int]:
     "Records by split, and how many were too long."
     from transformers import AutoConfig
     tokenizer, left_out, chosen = load_tokenizer(model, store), 0, {}
-    context = getattr(AutoConfig.from_pretrained(model_path(model, store)), "max_position_embeddings", None) or 2**31
+    context = getattr(AutoConfig.from_pretrained(_folders(model, store)[-1]), "max_position_embeddings", None) or 2**31
     splits = [split] + (["test_new"] if new_split and split != "test_new" and _has(data, "test_new", store) else [])
     for name in splits:
         chosen[name], too_long = fitting(pick(load_split(data, name, store), limit, seed), tokenizer, context, max_tokens)
         left_out += len(too_long)
         if len(chosen[name]) < 2: raise AigcError(f"{len(chosen[name])} of the questions can be asked ({len(too_long)} are too long for the context of {context} tokens); an interval needs two", place=f"split '{name}'", remedy="raise limit, or shorten the records")
     return chosen, left_out
+
+
+def _folders(model: str, store: Store) -> list[Path]:
+    "The folder of a model; of an adapter its own and its base's."
+    folder = model_path(model, store)
+    return [folder, adapter_base(model, store)] if (folder/"adapter_config.json").is_file() else [folder]
 
 
 def _has(data: str, split: str, store: Store) -> bool:
@@ -75,7 +81,7 @@ def _measure(label: str, ref: str, questions: dict[str, list], folder: Path, key
     generator = TransformersGenerator(model, tokenizer, batch_size=batch_size, name=label)
     for split, records in questions.items(): evaluate_model(generator, records, out=out, key=key, label=label, split=split, max_tokens=max_tokens, batch_size=batch_size)
     prompts = [ids[:start] for ids, start in answer_sequences(tokenizer, next(iter(questions.values()))[:speed_prompts])] if speed_prompts else []
-    subject = Subject(label=label, ref=ref, bytes=weight_bytes(model_path(ref, store)), decode=decode_speed(model, prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
+    subject = Subject(label=label, ref=ref, bytes=sum(map(weight_bytes, _folders(ref, store))), decode=decode_speed(model, prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
     with open(known, "a", encoding="utf-8") as f: f.write(f"{key} {subject.model_dump_json()}\n")
     return subject
 
