@@ -1,6 +1,7 @@
 """The endpoint from outside: real processes, real sockets, the `openai` client."""
 import json, os, queue, random, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx, openai, pytest
 
@@ -173,6 +174,19 @@ def test_a_broken_model_is_one_sentence(tmp_path):
     (tmp_path/"config.json").write_text('{"model_type": "llama"}')
     out = subprocess.run([*AIGC, "serve", str(tmp_path), "--port", "0"], capture_output=True, text=True, env=environment(), timeout=90)
     assert out.returncode == 1 and "Traceback" not in out.stderr and "cannot be loaded" in out.stderr
+
+
+def test_a_server_of_a_killed_program_goes_too(folder):
+    program = f"from aigc.serve.process import ServerProcess; s = ServerProcess({str(folder)!r}); print(s.process.pid, s.log, flush=True); s.process.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment())
+    pid, log = parent.stdout.readline().split()
+    eventually(lambda: "ready after" in Path(log).read_text(), 60)
+    parent.kill()
+    def gone():
+        try: os.kill(int(pid), 0)
+        except ProcessLookupError: return True
+        return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"  # ended; nobody has asked for its exit code
+    eventually(gone, 15)
 
 
 @pytest.fixture

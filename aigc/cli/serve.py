@@ -13,7 +13,7 @@ import typer
 
 from ..core.settings import settings
 
-# %% ../../nbs/cli/70_serve.ipynb #42f23af3
+# %% ../../nbs/cli/70_serve.ipynb #110d9499
 Model = Annotated[str, typer.Argument(help="an alias, a folder, a store reference or a Hub id (default: the setting 'model')")]
 
 
@@ -23,7 +23,8 @@ def serve_command(model: Model = "",
                   name: Annotated[str, typer.Option(help="what clients call the model (default: its own name)")] = "",
                   batch: Annotated[int, typer.Option(min=1, help="requests computed together")] = 8,
                   queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are refused with 429")] = 64,
-                  grace: Annotated[int, typer.Option(min=0, help="seconds that running answers get when the server is told to stop")] = 10):
+                  grace: Annotated[int, typer.Option(min=0, help="seconds that running answers get when the server is told to stop")] = 10,
+                  with_stdin: Annotated[bool, typer.Option("--with-stdin", help="stop when the standard input ends (for programs that start a server)")] = False):
     """Serve a model behind the OpenAI protocol until Ctrl-C or SIGTERM.
 
     Example: aigc serve smollm2-135m --port 8000
@@ -39,7 +40,9 @@ def serve_command(model: Model = "",
     model = model or settings().model
     if model not in ALIASES: model_path(model)  # a name that means nothing is known now, not after the server says where it is
     engine = model_engine(model, name=name, max_batch=batch, max_waiting=queue)
-    Endpoint(engine, taken, keys=keys, grace=grace).run()
+    endpoint = Endpoint(engine, taken, keys=keys, grace=grace)
+    if with_stdin: endpoint.stop_with(sys.stdin)
+    endpoint.run()
 
 # %% ../../nbs/cli/70_serve.ipynb #ccc8f72c
 def _generator(model: str, url: str):

@@ -56,7 +56,7 @@ def require_keys(keys: Sequence[str], taken: socket.socket) -> None:
     if not keys and not is_loopback(taken):
         raise UsageError("other machines can reach this address, and no API key is set", place=url_of(taken), remedy=f"set {KEY_VARIABLE}, or use --host 127.0.0.1")
 
-# %% ../../nbs/serve/40_server.ipynb #32e60afc
+# %% ../../nbs/serve/40_server.ipynb #0ede4eb8
 def _log_config(level: str) -> dict:
     config = copy.deepcopy(LOGGING_CONFIG)
     for name in ("uvicorn", "uvicorn.error"): config["loggers"][name]["level"] = "WARNING"  # our two lines say what its start-up lines would
@@ -80,6 +80,13 @@ class Endpoint:
                                                     log_config=_log_config("INFO" if access_log else "WARNING")))
 
     def stop(self) -> None: self.server.should_exit = True
+
+    def stop_with(self, stream) -> None:
+        "Stop when `stream` ends: given the standard input, the server goes when the program that started it goes, however that happens."
+        def watch():
+            while stream.read(1): pass
+            self.stop()
+        threading.Thread(target=watch, daemon=True).start()
 
     def _announce(self, began: float) -> None:
         try: self.engine.wait_loaded()
