@@ -19,13 +19,13 @@ from ..core.store import Store
 from ..models.sources import adapter_base, load_model, load_tokenizer, model_path
 from ..models.template import end_of_turn, render
 
-# %% ../../nbs/train/30_merge.ipynb #4556a86f
+# %% ../../nbs/train/30_merge.ipynb #64052428
 def save_model(model, tokenizer, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    "Write a whole model (changed to `dtype` in place), tokenizer, chat template and generation configuration to `folder`, in the Hugging Face format."
+    "Write a whole model (its weights changed to `dtype` in place), tokenizer, chat template and generation configuration to `folder`, in the Hugging Face format."
     ends = end_of_turn(tokenizer)
     also = [] if tokenizer.eos_token_id in (None, ends) else [tokenizer.eos_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends
-    model = model.to(dtype)
+    for weight in model.parameters(): weight.data = weight.data.to(dtype)  # not model.to: it would round the frequencies of the rotary embedding too, which are never stored
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=[ends, *also] if also else ends, pad_token_id=pad)
     model.config.use_cache = True
     model.config.name_or_path = ""  # no path of this machine in the artifact
@@ -61,7 +61,7 @@ PROBES = ["Write the one-line docstring of this Python function.\n```python\ndef
 @torch.no_grad()
 def _logits(model, batches: list[torch.Tensor]) -> list[torch.Tensor]: return [model(input_ids=ids).logits[0].float().cpu() for ids in batches]
 
-# %% ../../nbs/train/30_merge.ipynb #71e6f6aa
+# %% ../../nbs/train/30_merge.ipynb #8e93e71b
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None, store: Store | None = None, dtype: torch.dtype | None = None,
                   probes: Sequence[str] = PROBES, bound: float = 1e-2, device: str | None = None) -> Merged:
     """Merge `adapter` (folder or store reference) into its base and write the whole model to the folder `out`.
@@ -84,7 +84,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     if not exact <= bound:  # a NaN too
         raise AigcError(f"merging moves a logit by {exact:.3g}, more than {bound:g}", place=str(adapter), remedy="check that the adapter was trained on this base")
     save_model(merged, tokenizer, out, dtype=stored)
-    after = _logits(merged.to(torch.float32), batches)  # the weights are rounded to the stored type by now; the arithmetic stays fp32
+    after = _logits(merged.float(), batches)  # the weights have been rounded to the stored type; the arithmetic stays fp32
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(before, after)])
     difference = max((a - b).abs().max().item() for a, b in zip(before, after))
     return Merged(Path(out), exact, difference, same.float().mean().item(), len(same), str(stored).removeprefix("torch."))
