@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Order', 'answer_positions_only', 'run_digest', 'Trained', 'train', 'train_sft', 'train_dpo']
 
-# %% ../../nbs/train/40_trainers.ipynb #74b03644
+# %% ../../nbs/train/40_trainers.ipynb #51ba8efc
 import contextlib, hashlib, json, os, shutil, time, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from ..models.template import TokenMask
 from .config import TrainConfig, lora_arguments, trl_arguments
 from .merge import save_model
 from .rows import Fitting, fitting
-from .watch import CheckpointMark, Health, MetricsLog, Progress, diagnose, last_checkpoint, renamed
+from .watch import MARK, CheckpointMark, Health, MetricsLog, Progress, diagnose, last_checkpoint, renamed
 
 # %% ../../nbs/train/40_trainers.ipynb #f449a414
 class Order(Sampler):
@@ -178,7 +178,7 @@ def _save(trainer, config: TrainConfig, base: str, out: Path) -> str:
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}, indent=2, sort_keys=True))
     return "adapter"
 
-# %% ../../nbs/train/40_trainers.ipynb #b862526f
+# %% ../../nbs/train/40_trainers.ipynb #14339c25
 def _went_on(trainer, checkpoint: Path | None) -> None:
     "Train, or go on from `checkpoint`; a checkpoint of a run that had ended (at its last step or early) is only loaded."
     from transformers import TrainerState
@@ -194,7 +194,7 @@ def _went_on(trainer, checkpoint: Path | None) -> None:
 def _run(config: TrainConfig, model: str, train: Fitting, validation: Fitting | None, work: Path, base: str, store: Store | None, log: Callable | None) -> Trained:
     start, checkpoint = time.monotonic(), last_checkpoint(work/"checkpoints")
     for folder in (work/"checkpoints").glob("checkpoint-*"):
-        if not last_checkpoint(folder.parent) or not (folder/"complete").is_file(): shutil.rmtree(folder)  # killed while it was written
+        if not (folder/MARK).is_file(): shutil.rmtree(folder)  # killed while it was written
     health = Health(config, sum(train.answer_tokens)/len(train.rows)/(2 if config.method == "dpo" else 1))
     with _quiet(), answer_positions_only():
         trainer = _trainer(config, model, work/"checkpoints", train, validation, [CheckpointMark(), MetricsLog(log), Progress(), health], store)
