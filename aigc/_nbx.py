@@ -59,7 +59,9 @@ def test(path: str = "", workers: int = 2) -> int:
     from a parent that has imported the slow libraries."""
     import multiprocessing
     import os
+    import tempfile
     from nbdev.doclinks import nbglob
+    os.environ.setdefault("AIGC_STORE", tempfile.mkdtemp(prefix="aigc-test-"))  # jobs are notebooks too: they leave the workspace's store alone
     files = sorted(Path(f).absolute() for f in nbglob(path or None, as_path=True))
     warm()
     os.chdir(get_config().nbs_path)
