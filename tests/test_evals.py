@@ -10,7 +10,7 @@ from conftest import REPO, missing
 from aigc.cli.main import main
 from aigc.core.errors import AigcError
 from aigc.core.store import Store
-from aigc.data.records import Record, read_jsonl, write_jsonl
+from aigc.data.records import Record, write_jsonl
 from aigc.evals.compare import compare_models, label_models
 from aigc.evals.measure import read_items
 from aigc.evals.report import EvalReport

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-import aigc.quant.plugin
+import aigc.quant.plugin  # noqa: F401  (registers the quantizer)
 from aigc.core.errors import AigcError
 from aigc.core.store import Store
 from aigc.models.sources import load_model, model_path

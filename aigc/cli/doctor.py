@@ -7,7 +7,7 @@ __all__ = ['DISTRIBUTION', 'EXTRAS', 'Finding', 'examine', 'doctor_command']
 
 # %% ../../nbs/cli/20_doctor.ipynb #6e98763a
 import importlib.metadata as metadata
-import os, platform, shutil, sys
+import os, platform, shutil
 from pathlib import Path
 from typing import Annotated, Literal
 

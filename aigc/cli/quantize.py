@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UsageError
-from ..core.store import Store, is_ref
+from ..core.store import Store
 
 # %% ../../nbs/cli/50_quantize.ipynb #1673134f
 class Format(str, Enum): w4a16 = "w4a16"; w8a16 = "w8a16"

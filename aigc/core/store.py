@@ -7,7 +7,7 @@ __all__ = ['Kind', 'KINDS', 'File', 'Artifact', 'file_digest', 'content_digest',
 
 # %% ../../nbs/core/30_store.ipynb #9e245b0e
 import contextlib, errno, hashlib, json, os, re, shutil, socket, tempfile, uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal

@@ -19,7 +19,7 @@ from ..core.errors import AigcError
 from ..core.progress import track
 from ..core.settings import settings
 from .drift import answer_sequences
-from .scores import chrf, rouge_l, rule_score, rules
+from .scores import chrf, rouge_l, rules
 from .statistics import Interval, ratio_bootstrap
 from ..models.generate import Request
 

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'RULED', 'HEADLINE', 'SPEEDS', 'RULES', 'Shown', 'Subject'
            'make_report', 'versus_text']
 
 # %% ../../nbs/evals/07_report.ipynb #690695e3
-import html, json, math, re
+import html, math, re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone

@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'WHEEL', 'GGUF', 'GGUF_SHA256', 'GGUF_BYTES', 'model_path'
            'adapter_base', 'load_model']
 
 # %% ../../nbs/models/20_sources.ipynb #b6fb38b0
-import json, shutil, subprocess, sys, tempfile, zipfile
+import json, shutil, subprocess, sys, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -6,19 +6,18 @@
 __all__ = ['check_equal', 'save_quantized', 'part_bytes', 'size_picture', 'error_picture', 'survival_picture']
 
 # %% ../../nbs/quant/50_artifacts.ipynb #18059f95
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 # %% ../../nbs/quant/50_artifacts.ipynb #6b2256ee
-import aigc.quant.plugin  # registers the format
+import aigc.quant.plugin  # noqa: F401  (registers the format)
 from ..core.errors import AigcError
 from ..core.store import Artifact, Store, is_ref
 from ..data.card import Picture
 from ..models.sources import load_model
-from .layers import QuantLinear
 from .methods import QuantReport
 
 # %% ../../nbs/quant/50_artifacts.ipynb #46297e82

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 # %% ../../nbs/quant/10_layers.ipynb #22e0d0a2
 from aigc_kernels.ops import w4_layout, w4a16_mm, w8_layout, w8a16_mm
 from aigc_kernels.packing import dequantize_packed
-from .format import FORMATS, QuantConfig, QuantTensor, tensor_shapes
+from .format import QuantConfig, QuantTensor, tensor_shapes
 
 # %% ../../nbs/quant/10_layers.ipynb #d8ad147e
 DENSE_ROWS = 64  # rows from which a CPU is faster with the dequantized weight

@@ -7,7 +7,7 @@ __all__ = ['find_blocks', 'measure', 'QuantReport', 'quantize_model']
 
 # %% ../../nbs/quant/40_methods.ipynb #b6ce4adc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch

@@ -6,7 +6,7 @@
 __all__ = ['PROBES', 'save_model', 'Merged', 'merge_adapter']
 
 # %% ../../nbs/train/30_merge.ipynb #9bccc941
-import json, math, warnings
+import json, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # %% ../../nbs/kernels/20_aot.ipynb #4452bf96
-from .w4a16 import Launch, choose_launch, constants, product
+from .w4a16 import Launch, constants, product
 
 # %% ../../nbs/kernels/20_aot.ipynb #f77baf23
 def compile_for(fn, signature: dict[str, str], constants: dict, *, arch: int = 90, warps: int = 4, stages: int = 3, divisible: tuple[str, ...] = ()):
