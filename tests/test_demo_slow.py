@@ -32,7 +32,7 @@ def test_quantization_keeps_nine_tenths_of_the_fine_tune(tmp_path):
     demo = finished_demo(store) or missing(f"a finished demo in the store {store.url} (make one with: aigc demo)")
     rows, source = label_models([demo["model"], demo["models"][-1]], ["base", "quantized"], demo["source"], store)
     tuned = {label: ref for label, ref in rows.items() if label != "base"}
-    report = compare_models(tuned, demo["data"], folder=tmp_path, source=source, new_split=True, limit=0, max_tokens=demo["max_tokens"], batch_size=demo["batch_size"], seed=demo["seed"], store=store)
+    report = compare_models(tuned, demo["data"], folder=tmp_path, source=source, new_split=True, limit=ITEMS//2, max_tokens=demo["max_tokens"], batch_size=demo["batch_size"], seed=demo["seed"], store=store)
     items = read_items(tmp_path/"items.jsonl")
     of = {label: {(i.split, i.id): i for i in items if i.model == label} for label in tuned}
     asked = list(of[source])
