@@ -106,5 +106,5 @@ def lab_command(
     notebooks = Path(__file__).resolve().parents[2]/"nbs"
     folder = folder or (notebooks if notebooks.is_dir() else Path.cwd())
     quiet = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", f"--port={port}", *quiet, *([] if browser else ["--no-browser"])]
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", f"--port={port}", *quiet, *([] if browser else ["--no-browser"]), *(["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else [])]  # a container has only root
     os.execv(sys.executable, command)  # Ctrl-C and the exit code are JupyterLab's own

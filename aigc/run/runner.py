@@ -155,7 +155,8 @@ def _environment(record: RunRecord, folder: Path, work: Path, store: Store) -> d
     path = os.pathsep.join(dict.fromkeys([r for r in roots if "site-packages" not in r] + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]))
     ours = {"AIGC_RUN_ID": record.id, "AIGC_RUN_DIR": str(folder.resolve()), "AIGC_RUN_FOLDER": str(work.resolve()), "AIGC_STORE": str(store.local.resolve()), "PYTHONPATH": path}
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # one hash seed: the order of a set is part of "same seed, same result"
-    return {**os.environ, **quiet, **ours}
+    passive = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # spinning threads make a job ten times slower as soon as a neighbour needs a core
+    return {**os.environ, **quiet, **passive, **ours}
 
 
 @patch
