@@ -53,7 +53,7 @@ def ask(server, question: str, max_tokens: int = 60) -> Iterator[str]:
 def demo_command(
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="a parameter of the pipeline, such as data=my.jsonl or model=./dir")] = [],
     question: Annotated[str, typer.Option(help="what to ask the served model at the end")] = QUESTION,
-    pipeline: Annotated[str, typer.Option(help="the pipeline to run: demo, or smoke for a rehearsal in a minute")] = "demo",
+    pipeline: Annotated[str, typer.Option(help="the pipeline to run: demo, or smoke for a rehearsal")] = "demo",
     force: Annotated[bool, typer.Option("--force", help="run even what is done already")] = False,
 ):
     """From source code on this machine to a served model: run the demo pipeline, serve its result, ask it one question.
