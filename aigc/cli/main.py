@@ -26,12 +26,13 @@ COMMANDS = {
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),
     "serve": ("aigc.cli.serve:serve_command", "Serve a model behind the OpenAI protocol.", "Serving"),
     "chat": ("aigc.cli.serve:chat_command", "Talk to a model or an endpoint.", "Serving"),
+    "bench": ("aigc.cli.bench:bench", "Measure: kernels, decode, serve, data, runs.", "Serving"),
 }
 
 # %% ../../nbs/cli/00_main.ipynb #a8306bb3
-def load_command(name: str):
+def load_command(name: str, table: dict = COMMANDS):
     "The real command behind a name of the table: imports its module now."
-    module, _, attribute = COMMANDS[name][0].partition(":")
+    module, _, attribute = table[name][0].partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if not isinstance(found, typer.Typer):
         function, found = found, typer.Typer(add_completion=False)
@@ -42,9 +43,11 @@ def load_command(name: str):
 
 
 class LazyGroup(TyperGroup):
-    "A group that lists its commands from the table and imports only the one that is called."
+    "A group that lists its commands from a table and imports only the one that is called."
+    table = COMMANDS
+
     def resolve_command(self, ctx, args):
-        if args and args[0] in COMMANDS: return args[0], load_command(args[0]), args[1:]
+        if args and args[0] in self.table: return args[0], load_command(args[0], self.table), args[1:]
         return super().resolve_command(ctx, args)
 
 # %% ../../nbs/cli/00_main.ipynb #0ebf036f
