@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-notebooks test-slow test-gpu lab export update bench docs readme lint clean
+.PHONY: demo test test-notebooks test-slow test-gpu lab export update bench peers docs readme lint clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test-slow: $(READY)           ## minutes: the real model, 600 items
 
 test-gpu: $(READY)            ## needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+peers: $(READY)               ## the programs our benchmarks compare with, each in an environment of its own
+	PYTHON=$(BIN)/python kernels/bench/peers.sh
 
 lab: $(READY)                 ## JupyterLab on nbs/
 	$(BIN)/aigc lab

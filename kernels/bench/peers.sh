@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# make peers: the programs that the benchmarks compare with, each in an environment of its own, so that none can disturb another or us.
+#
+#   kernels/bench/peers.sh [NAME …]      default: llama.cpp openvino-genai onnxruntime-genai
+#
+# $AIGC_PEERS (default ~/.cache/aigc/peers) then holds NAME/bin/…: llama.cpp/bin/llama-bench and llama-server, and a Python environment for each of the others.
+# What is there already is left as it is. Versions are fixed here; everything comes from PyPI (llama.cpp as the source that llama-cpp-python carries).
+set -euo pipefail
+PEERS="${AIGC_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/aigc/peers}"
+PYTHON="${PYTHON:-python3}"
+mkdir -p "$PEERS"
+
+environment() {  # environment NAME REQUIREMENT …: a virtual environment with these packages
+  local name="$1"; shift
+  [ -e "$PEERS/$name/.ready" ] && return
+  echo "peers: $name" >&2
+  "$PYTHON" -m venv "$PEERS/$name"
+  "$PEERS/$name/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  touch "$PEERS/$name/.ready"
+}
+
+llama_cpp() {  # a native build: every instruction this processor has
+  [ -x "$PEERS/llama.cpp/bin/llama-bench" ] && [ -x "$PEERS/llama.cpp/bin/llama-quantize" ] && return
+  environment build-tools cmake==4.1.2 ninja==1.13.0
+  local tools="$PEERS/build-tools/bin" version=0.3.36
+  if [ ! -d "$PEERS/llama.cpp-src" ]; then
+    "$tools/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: --dest "$PEERS" "llama-cpp-python==$version" 2>/dev/null ||
+      "$tools/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$PEERS" "llama-cpp-python==$version"
+    tar -xzf "$PEERS/llama_cpp_python-$version.tar.gz" -C "$PEERS"
+    ln -sfn "llama_cpp_python-$version/vendor/llama.cpp" "$PEERS/llama.cpp-src"
+  fi
+  PATH="$tools:$PATH" cmake -S "$PEERS/llama.cpp-src" -B "$PEERS/llama.cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
+  PATH="$tools:$PATH" cmake --build "$PEERS/llama.cpp" --target llama-bench llama-batched-bench llama-quantize llama-server -j "$(nproc)"
+}
+
+openvino_genai() { environment openvino-genai openvino-genai==2026.4.1.0; }
+onnxruntime_genai() { environment onnxruntime-genai onnxruntime-genai==0.18.0 onnx-ir==1.1.0 onnx torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 sentencepiece; }
+
+[ $# -gt 0 ] || set -- llama.cpp openvino-genai onnxruntime-genai
+for name in "$@"; do
+  case "$name" in
+    llama.cpp) llama_cpp ;;
+    openvino-genai) openvino_genai ;;
+    onnxruntime-genai) onnxruntime_genai ;;
+    *) echo "peers: there is no '$name'; known: llama.cpp openvino-genai onnxruntime-genai" >&2; exit 2 ;;
+  esac
+done
+echo "peers are ready in $PEERS" >&2
