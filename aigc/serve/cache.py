@@ -8,7 +8,7 @@ __all__ = ['CacheConfig', 'is_determined', 'request_key', 'Flight', 'AnswerCache
 # %% ../../nbs/serve/64_cache.ipynb #8d151248
 import asyncio, hashlib, json, time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,6 +41,7 @@ class Flight:
     def __init__(self, source: AsyncIterator[bytes]):
         self.pieces: list[bytes] = []
         self.error: BaseException | None = None
+        self.about = None
         self.done, self.readers, self._moved = False, 0, asyncio.Event()
         self._task = asyncio.ensure_future(self._fly(source))
 
@@ -90,15 +91,16 @@ class AnswerCache:
         self.misses += 1
         return None
 
-    def start(self, key: str, source: AsyncIterator[bytes]) -> Flight:
-        "A new flight under `key`; kept when it ends well."
+    def start(self, key: str, source: AsyncIterator[bytes], *, about=None, keep: Callable[[], bool] = lambda: True) -> Flight:
+        "A new flight under `key`; kept when it ends well and `keep` agrees. `about`: what its readers want to know of it."
         flight = self.flying[key] = Flight(source)
-        flight._task.add_done_callback(lambda _: self._landed(key, flight))
+        flight.about = about
+        flight._task.add_done_callback(lambda _: self._landed(key, flight, keep))
         return flight
 
-    def _landed(self, key: str, flight: Flight) -> None:
+    def _landed(self, key: str, flight: Flight, keep: Callable[[], bool]) -> None:
         if self.flying.get(key) is flight: del self.flying[key]
-        if flight.error or flight.size > self.config.max_bytes: return
+        if flight.error or flight.size > self.config.max_bytes or not keep(): return
         self.kept[key] = (flight, time.monotonic() + self.config.seconds)
         while len(self.kept) > self.config.entries: self.kept.popitem(last=False)
 

@@ -44,7 +44,7 @@ class Bounds(BaseModel):
     model_config = ConfigDict(extra="forbid")
     max_body: int = Field(1 << 20, ge=1, description="bytes of a body")
     max_depth: int = Field(32, ge=1, description="nesting of the JSON")
-    max_items: int = Field(20_000, ge=1, description="values in the JSON; 0 is not 'no limit'")
+    max_items: int = Field(20_000, ge=1, description="values in the JSON")
     max_messages: int = Field(1024, ge=1, description="messages of a conversation, prompts or inputs of a list")
     max_n: int = Field(8, ge=1, description="answers to one request (n, best_of)")
     max_tokens: int = Field(32_768, ge=1, description="tokens of one answer")
