@@ -147,9 +147,10 @@ def test_rejected_answers_are_not_learnt(sample):
     assert step.reasons["disliked"] > 50 and all(r.meta["label"] for r in step.kept)
 
 
-def test_a_form_nobody_knows_is_said_so(sample):
-    records, bad = read_data(sample("preference/hh_harmless_base_test.jsonl.gz"))
-    assert not records and "write a preference as prompt, chosen and rejected" in bad[0].value
+def test_a_form_nobody_knows_is_said_so(tmp_path):
+    (tmp_path/"odd.jsonl").write_text('{"chosen": 1, "rejected": 2}\n{"instructoin": "a", "output": "b"}\n')
+    _, bad = read_data(tmp_path/"odd.jsonl")
+    assert "write a preference as prompt, chosen and rejected" in bad[0].value and "did you mean 'instruction'" in bad[1].value
 
 
 def test_addresses_of_a_public_benchmark_are_found(sample):

@@ -28,6 +28,7 @@ class Drop(BaseModel):
     reason: str
     value: Any = None
     text: str = ""
+    row: str | None = None  # the raw row, where it could not be read
 
 
 def place_of(record: Record) -> str:

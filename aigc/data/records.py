@@ -37,7 +37,7 @@ class Message(BaseModel):
 
 # %% ../../nbs/data/00_records.ipynb #e52dd128
 class Record(BaseModel):
-    """One example: `messages`, or `prompt` with `chosen` and `rejected`.
+    """One example: `messages`, or `prompt` with `chosen` and `rejected`, or `text` (a document).
 
     `id` is unique in its dataset, `group` names what must stay on one side of a split (a module, a customer, a document)."""
     model_config = ConfigDict(extra="forbid")
@@ -50,10 +50,14 @@ class Record(BaseModel):
     chosen: list[Message] | None = None
     rejected: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
+    text: str | None = None
 
     @model_validator(mode="after")
     def _is_one_kind(self):
         pair = [self.prompt, self.chosen, self.rejected]
+        if self.text is not None:
+            if self.messages is not None or any(p is not None for p in pair): raise ValueError("a record has either text or messages or prompt/chosen/rejected")
+            return self
         if self.messages is not None and any(p is not None for p in pair): raise ValueError("a record has either messages or prompt/chosen/rejected, not both")
         if self.messages is None and any(p is None for p in pair): raise ValueError("a record needs messages, or all of prompt, chosen and rejected")
         for name in ("messages", "prompt", "chosen", "rejected"):
@@ -64,6 +68,7 @@ class Record(BaseModel):
         """Everything before the last assistant message, and that message (turns after it are left out).
 
         Raises `AigcError` when no assistant speaks, or nobody spoke before."""
+        if self.text is not None: raise AigcError("it is a document (text), not a conversation", place=f"record '{self.id}'", remedy="make instructions from it first: aigc.data.enrich")
         if self.messages is None: raise AigcError("it is a preference (prompt/chosen/rejected), not a conversation", place=f"record '{self.id}'", remedy="use its prompt and chosen")
         last = _answer_at(self.messages)
         if last == len(self.messages): raise AigcError("no message comes from the assistant", place=f"record '{self.id}'", remedy="add the answer to train on")
@@ -73,12 +78,14 @@ class Record(BaseModel):
     @property
     def ask(self) -> str:
         "What the model is given, as plain text (system prompts and tool definitions left out)."
+        if self.text is not None: return ""
         said = self.prompt if self.messages is None else self.messages[:_answer_at(self.messages)]
         return "\n".join(m.content for m in said if m.content and m.role != "system")
 
     @property
     def answer(self) -> str:
-        "What the model should say, as plain text: the last assistant message, or `chosen`. Tool calls count as their JSON."
+        "What the model should say, as plain text: the last assistant message, or `chosen`; a document's whole text. Tool calls count as their JSON."
+        if self.text is not None: return self.text
         said = self.chosen if self.messages is None else self.messages[_answer_at(self.messages):][:1]
         return "\n".join(json.dumps(m.tool_calls, ensure_ascii=False) if m.content is None else m.content for m in said)
 
