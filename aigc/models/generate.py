@@ -283,11 +283,11 @@ class Row:
     written: list[int] = field(default_factory=list)  # the last one is to be fed next
     finish_reason: str | None = None
 
-    def choose(self, logits: torch.Tensor, likeliest: int) -> Chunk:
-        "The next token from `logits: [vocabulary]`, whose argmax the caller knows."
-        request, raw = self.request, logits
+    def choose(self, logits: torch.Tensor, likeliest: int, raw: torch.Tensor | None = None) -> Chunk:
+        "The next token from `logits: [vocabulary]`, whose argmax the caller knows. `raw`: what the model said, where a guide changed it."
+        request, given, raw = self.request, logits, logits if raw is None else raw
         if adjusts(request, len(self.written)): logits = adjust(logits, request, self.prompt, self.written, self.ends)
-        token = likeliest if request.temperature < 1e-5 and logits is raw else draw(logits, request, self.random)
+        token = likeliest if request.temperature < 1e-5 and logits is given else draw(logits, request, self.random)
         scored = None if request.logprobs is None else [token_logprob(raw, token, request.logprobs)]
         return self.push(token, scored)
 
