@@ -26,6 +26,8 @@ COMMANDS = {
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),
     "serve": ("aigc.cli.serve:serve_command", "Serve a model behind the OpenAI protocol.", "Serving"),
     "chat": ("aigc.cli.serve:chat_command", "Talk to a model or an endpoint.", "Serving"),
+    "release": ("aigc.cli.release:release_app", "Releases: create, list, promote, rollback, history.", "Serving"),
+    "gateway": ("aigc.cli.gateway:gateway_app", "Keys, limits, canaries: serve releases or other servers.", "Serving"),
     "bench": ("aigc.cli.bench:bench", "Measure: kernels, decode, serve, data, runs.", "Serving"),
 }
 

@@ -64,7 +64,6 @@ class GatewayConfig(Config):
     redis: str = Field("", description="redis://… where replicas share limits; empty: each counts for itself")
     follow_seconds: float = Field(5, gt=0, description="how often the ledgers of followed releases are read")
     answer_tokens: int = Field(1024, ge=1, description="charged in advance for a request that names no limit")
-    dashboard: bool = Field(False, description="serve the dashboard page at /dashboard (its figures need the admin key)")
     timeouts: Timeouts = Field(default_factory=Timeouts)
     queue: QueueConfig = Field(default_factory=QueueConfig)
     bounds: Bounds = Field(default_factory=Bounds)

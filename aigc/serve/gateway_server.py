@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'MOST_HEADERS', 'patient', 'GatewayServer']
 
-# %% ../../nbs/serve/72_gateway_server.ipynb #9e132968
-import asyncio, contextlib, logging, signal, socket, threading, time
+# %% ../../nbs/serve/72_gateway_server.ipynb #00fb0f5c
+import asyncio, logging, signal, socket, threading, time
 from collections.abc import Callable
 
 import uvicorn

@@ -16,7 +16,6 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import UsageError
-from .wire import Refusal
 
 log = logging.getLogger("aigc.serve")
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Stub', 'serve_stub']
 
-# %% ../../nbs/serve/68_stub.ipynb #104a1818
-import asyncio, json, socket, sys
+# %% ../../nbs/serve/68_stub.ipynb #68838197
+import asyncio, json, sys
 
 import uvicorn
 
+from .server import bind, url_of
 from .wire import Refusal, send_json, write_event
 
 # %% ../../nbs/serve/68_stub.ipynb #ad8997a5
@@ -63,10 +64,9 @@ class Stub:
 # %% ../../nbs/serve/68_stub.ipynb #eb21aedf
 def serve_stub(stub: Stub, port: int = 0, *, tell=print) -> None:
     "Serve it on loopback until a signal comes; prints its address first."
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
+    with bind("127.0.0.1", port) as taken:
         taken.listen(512)
-        tell(f"http://127.0.0.1:{taken.getsockname()[1]}/v1", flush=True)
+        tell(f"{url_of(taken)}/v1", flush=True)
         uvicorn.Server(uvicorn.Config(stub, lifespan="off", log_level="warning", access_log=False)).run(sockets=[taken])
 
 
