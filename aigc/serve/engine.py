@@ -193,9 +193,16 @@ def public_name(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def model_engine(model: str, *, name: str = "", max_batch: int = 8, max_waiting: int = 64, **load) -> LocalEngine:
-    "A started engine that loads `model` (alias, folder, store reference, Hub id); `load` goes to `load_model`."
+def model_engine(model: str, *, name: str = "", max_batch: int = 8, max_waiting: int = 64, engine: str = "paged", **how):
+    """A started engine that loads `model` (alias, folder, store reference, Hub id).
+
+    engine: "paged" (our own, in a process of its own; `how` goes to `load_model` and `EngineCore`) or "transformers" (any model that transformers generates with, in a thread)."""
+    name = name or public_name(model)
+    if engine == "paged":
+        from aigc.serve.worker import process_engine
+        return process_engine(model, name=name, max_batch=max_batch, max_waiting=max_waiting, **how)
+    if engine != "transformers": raise UsageError(f"there is no engine '{engine}'", place="engine", remedy="use paged or transformers")
     def make():
         import aigc.quant.plugin  # noqa: F401  (registers quant_method "aigc" with transformers)
-        return load_generator(model, batch_size=max_batch, **load)
-    return LocalEngine(make, name=name or public_name(model), max_batch=max_batch, max_waiting=max_waiting).start()
+        return load_generator(model, batch_size=max_batch, **how)
+    return LocalEngine(make, name=name, max_batch=max_batch, max_waiting=max_waiting).start()
