@@ -14,6 +14,7 @@ from .main import LazyGroup
 
 # %% ../../nbs/cli/90_bench.ipynb #6e090c95
 BENCHMARKS = {
+    "serve": ("aigc.cli.bench_serve:bench_serve_command", "Our server beside llama.cpp, vLLM and transformers: TTFT, TPOT, throughput."),
 }
 
 # %% ../../nbs/cli/90_bench.ipynb #68178efb
