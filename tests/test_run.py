@@ -17,9 +17,26 @@ from aigc.run.parameters import code_cells, read_parameters
 from aigc.run.pipeline import load_pipeline, run_order
 from aigc.run.processes import run_processes
 from aigc.run.record import RunRecord, list_runs, read_record, runs_folder
-from aigc.run.runner import plan_job, run_job
+from aigc.run.runner import run_job
+from aigc.run.warm import warm_running
 
 HEAD = "from aigc.run.parameters import check; check(globals())\nimport os, sys, time, pathlib, subprocess\nfrom aigc.core.store import Store\nfrom aigc.run.record import current_run\nrun = current_run()"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    "Jobs of this module are forked from one warm parent; `spawned` tests use kernels."
+    with warm_running(): yield
+
+
+@pytest.fixture
+def spawned(monkeypatch): monkeypatch.setenv("AIGC_SPAWN", "1")
+
+
+@pytest.fixture(params=["forked", "spawned"])
+def both(request, monkeypatch):
+    "Once as a fork of the warm parent, once with a spawned kernel."
+    if request.param == "spawned": monkeypatch.setenv("AIGC_SPAWN", "1")
 
 
 @pytest.fixture
@@ -78,7 +95,8 @@ COUNTING = ("checkpoint = run.folder/'count'\nbegin = int(checkpoint.read_text()
 @pytest.fixture
 def steady(monkeypatch):
     "The library stands still, also while somebody edits it beside this test."
-    monkeypatch.setattr("aigc.run.key.package_digest", lambda: "the same")
+    from aigc.run.closure import closure as real
+    monkeypatch.setattr("aigc.run.runner.closure", lambda notebook: real(notebook)._replace(files={}))
 
 
 # ---- the record
@@ -95,7 +113,7 @@ def test_run_json_is_frozen(lab):
     assert set(data) == FROZEN and data["schema"] == 1
     assert RunRecord.model_validate_json(text).model_dump_json(by_alias=True, indent=1) == text
     assert (data["status"], data["parameters"], data["seeds"], data["metrics"]) == ("succeeded", {"seed": 3, "lr": 2.0}, {"seed": 3}, {"loss": "nan", "note": "enough"})
-    assert data["key_parts"].keys() == {"code", "parameters", "inputs", "package", "environment", "settings"}
+    assert data["key_parts"].keys() == {"code", "parameters", "inputs", "sources", "environment", "settings"}
     assert data["versions"]["python"] and data["host"]["pid"] == os.getpid() and data["wall_seconds"] > 0 and data["peak_memory_bytes"] > 50e6
     assert len(inspect.getsource(RunRecord).splitlines()) <= 40
 
@@ -210,14 +228,6 @@ def test_cache_answers_only_while_the_outputs_are_whole(lab, steady):
     assert f"../{cached.cached_from}/page.html" in (runs_folder(store)/cached.id/"page.html").read_text()
     (store.path(ref)/"train.jsonl").write_text("damaged")
     assert run_job(job, store=store).status != "cached"
-
-
-def test_a_changed_library_makes_every_job_new(lab, monkeypatch):
-    job, keys = make_job(lab, "10_make", "n: int = 1"), set()
-    for state in ("a", "b", "a"):
-        monkeypatch.setattr("aigc.run.key.package_digest", lambda: state)
-        keys.add(plan_job(job, store=Store(lab/"store")).key)
-    assert len(keys) == 2
 
 
 def test_the_same_work_at_the_same_time_is_done_once(lab, steady):

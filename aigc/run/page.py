@@ -6,7 +6,7 @@
 __all__ = ['curve', 'metric_points', 'notebook_html', 'page', 'write_page']
 
 # %% ../../nbs/run/70_page.ipynb #1117682b
-import html, json, math
+import functools, html, json, math, threading
 from pathlib import Path
 
 from ..core.progress import duration
@@ -60,15 +60,23 @@ def _first_line(source: str) -> str:
 def notebook_html(path: str | Path) -> str:
     "The cells of a notebook as an HTML fragment, pictures inside; an empty text when the notebook cannot be read."
     import nbformat
-    from nbconvert.exporters import HTMLExporter
-    from traitlets.config import Config
     try: notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError): return ""
     for cell in notebook.cells:  # what a library warns about is in the log; a page is for results
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-    exporter = HTMLExporter(raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
-                            config=Config({"NbConvertBase": {"display_data_priority": _SHOWN}}), filters={"first_line": _first_line})
-    return exporter.from_notebook_node(notebook)[0]
+    with _one_at_a_time: return _exporter().from_notebook_node(notebook)[0]
+
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.lru_cache(1)
+def _exporter():
+    "The exporter, whose templates take a quarter of a second to compile: once for all pages of this process."
+    from nbconvert.exporters import HTMLExporter
+    from traitlets.config import Config
+    return HTMLExporter(raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
+                        config=Config({"NbConvertBase": {"display_data_priority": _SHOWN}}), filters={"first_line": _first_line})
 
 # %% ../../nbs/run/70_page.ipynb #755f20ea
 _CSS = """
@@ -108,6 +116,7 @@ footer{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem;color
 """
 
 
+@functools.lru_cache(1)
 def _highlighting() -> str:
     "Colours of code for light and for dark screens."
     from pygments.formatters import HtmlFormatter

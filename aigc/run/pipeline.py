@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Step', 'Pipeline', 'Reference', 'as_reference', 'references', 'fill', 'needs', 'run_order', 'load_pipeline',
-           'check_pipeline', 'apply_settings', 'Result', 'run_pipeline', 'plan_pipeline', 'report_pages']
+           'check_pipeline', 'apply_settings', 'Result', 'run_pipeline', 'select_jobs', 'last_made', 'plan_pipeline',
+           'report_pages']
 
 # %% ../../nbs/run/90_pipeline.ipynb #e164ca45
-import re
+import contextlib, re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from ..core.errors import UsageError, nearest, unknown
+from ..core.errors import AigcError, UsageError, nearest, unknown
 from ..core.progress import duration
 from ..core.store import Store
 from .jobs import Job, declared_outputs, find_job, find_pipeline, list_pipelines
 from .parameters import Parameter, apply_parameters, parse_value, read_parameters, split_setting
-from .record import RunRecord
+from .record import RunRecord, list_runs
 from .runner import Watch, exit_code, find_cached, plan_job, run_job
+from .slots import Pool, Stop
+from .warm import warm_running
 
 # %% ../../nbs/run/90_pipeline.ipynb #350ec3a8
 class Step(BaseModel):
@@ -171,24 +174,71 @@ class Result(NamedTuple):
     def status(self) -> str: return self.record.status if self.record else "skipped"
 
 
-def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None,
-                 watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
-    """Run all jobs of a pipeline and return their results in order; a failed job is a result, not an exception.
+def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None, memory: int | None = None,
+                 slots: int = 1, begin: str = "", until: str = "", watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
+    """Run all jobs of a pipeline and return their results in order; a failed job is a result, not an exception, and stops only the jobs that need it.
 
-    `settings` are texts such as `model=tiny` and `sft.lr=1e-4`; `timeout` (seconds) holds for each job."""
+    `settings` are texts such as `model=tiny` and `sft.lr=1e-4`; `timeout` (seconds) and `memory` (bytes) hold for each job. Jobs that do not need each other run side by side in `slots`.
+    `begin` runs this job and all that need it anew, on what the jobs before it made last; `until` ends with this job and what it needs."""
     pipeline = apply_settings(pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline), settings or [])
-    store, results, outputs, stopped = store or Store(), [], {}, False
-    for name in run_order(pipeline):
-        budget = pipeline.jobs[name].budget
-        if stopped: results.append(Result(name, None, budget, "the pipeline was stopped")); continue
-        missing = [n for n in needs(pipeline, name) if n not in outputs]
-        if missing: results.append(Result(name, None, budget, f"it needs {' and '.join(missing)}")); say(f"{name}: not started, as it needs {' and '.join(missing)}"); continue
-        record = _run_step(pipeline, name, outputs, store, force, timeout, watch, say)
-        results.append(Result(name, record, budget))
-        if exit_code(record) == 0: outputs[name] = record.outputs
-        say(_ended(name, record))
-        stopped = bool(record.error) and record.error.kind in ("SIGINT", "SIGTERM", "SIGHUP")
-    return results
+    store = store or Store()
+    chosen, again = select_jobs(pipeline, begin, until)
+    results, stopping, waiting = {}, Stop(), [n for n in run_order(pipeline) if n in chosen]
+    outputs = {n: made.outputs for n in run_order(pipeline) if begin and n not in again and (made := last_made(pipeline, n, store))}
+    for name in [n for n in waiting if n in outputs]: waiting.remove(name); results[name] = Result(name, last_made(pipeline, name, store), pipeline.jobs[name].budget)
+
+    def act(name):
+        return lambda environment: _run_step(pipeline, name, outputs, store, force or name in again, timeout, memory, environment, stopping, watch, say)
+
+    with warm_running() if len(waiting) > 1 else contextlib.nullcontext(), stopping.listening() if slots > 1 else contextlib.nullcontext(), Pool(slots) as pool:
+        while waiting or pool.running:
+            if stopping.times: waiting = _give_up(pipeline, waiting, results, "the pipeline was stopped")
+            for name in list(waiting):
+                wanted = needs(pipeline, name)
+                lost = [n for n in wanted if n in results and n not in outputs or n not in chosen and n not in outputs]
+                if lost:
+                    waiting.remove(name); results[name] = Result(name, None, pipeline.jobs[name].budget, f"it needs {' and '.join(lost)}")
+                    say(f"{name}: not started, as it needs {' and '.join(lost)}")
+                elif all(n in outputs for n in wanted) and pool.has_room: waiting.remove(name); pool.submit(name, act(name))
+            for name, future in pool.ended():
+                record = future.result()
+                results[name] = Result(name, record, pipeline.jobs[name].budget)
+                if exit_code(record) == 0: outputs[name] = record.outputs
+                say(_ended(name, record))
+                if record.error and record.error.kind in ("SIGINT", "SIGTERM", "SIGHUP") and not stopping.times: stopping.ask(record.error.kind)
+    return [results[n] for n in run_order(pipeline) if n in results]
+
+
+def _give_up(pipeline: Pipeline, waiting: list[str], results: dict, why: str) -> list[str]:
+    results.update({n: Result(n, None, pipeline.jobs[n].budget, why) for n in waiting})
+    return []
+
+
+def select_jobs(pipeline: Pipeline, begin: str = "", until: str = "") -> tuple[set[str], set[str]]:
+    "`(jobs that take part, jobs that run anew)` when the pipeline starts at `begin` or ends with `until`."
+    for name in filter(None, (begin, until)):
+        if name not in pipeline.jobs: raise unknown("job", name, pipeline.jobs, f"pipeline {pipeline.name}")
+
+    def closed(start: str, step: Callable[[str], list[str]]) -> set[str]:
+        found, waiting = set(), [start]
+        while waiting:
+            if (n := waiting.pop()) not in found: found.add(n); waiting += step(n)
+        return found
+
+    chosen = closed(until, lambda n: needs(pipeline, n)) if until else set(pipeline.jobs)
+    again = closed(begin, lambda n: [m for m in pipeline.jobs if n in needs(pipeline, m)]) if begin else set()
+    if begin and begin not in chosen: raise UsageError(f"'{begin}' is not needed for '{until}'", place=f"pipeline {pipeline.name}")
+    return chosen, again & chosen
+
+
+def last_made(pipeline: Pipeline, name: str, store: Store) -> RunRecord:
+    "The newest successful run of this job in this pipeline whose outputs are all there. Raises `UsageError` when there is none."
+    for record in list_runs(store):
+        if record.pipeline == f"{pipeline.name}/{name}" and record.status in ("succeeded", "cached"):
+            with contextlib.suppress(AigcError):
+                for ref in record.outputs.values(): store.path(ref)
+                return record
+    raise UsageError("it has no finished run to go on from", place=f"pipeline {pipeline.name}, job {name}", remedy="run the pipeline from its beginning once")
 
 
 def _ended(name: str, record: RunRecord) -> str:
@@ -207,9 +257,10 @@ def _told(pipeline: Pipeline, name: str, outputs: dict[str, dict[str, str]]) -> 
     return fill(pipeline.jobs[name].set, look_up)
 
 
-def _run_step(pipeline, name, outputs, store, force, timeout, watch, say) -> RunRecord:
+def _run_step(pipeline, name, outputs, store, force, timeout, memory, environment, stopping, watch, say) -> RunRecord:
     say(f"{name}: started")
-    return run_job(pipeline.job_of(name), _told(pipeline, name, outputs), store=store, force=force, timeout=timeout, pipeline=f"{pipeline.name}/{name}", watch=watch, say=say)
+    return run_job(pipeline.job_of(name), _told(pipeline, name, outputs), store=store, force=force, timeout=timeout, memory=memory, environment=environment,
+                   pipeline=f"{pipeline.name}/{name}", watch=watch, say=say, stopping=stopping)
 
 # %% ../../nbs/run/90_pipeline.ipynb #d2655a83
 def plan_pipeline(pipeline: Pipeline, store: Store | None = None, force: bool = False) -> list[tuple[str, str, dict[str, Any]]]:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Status', 'RESERVE_BYTES', 'STALE_SECONDS', 'RunError', 'Host', 'RunRecord', 'write_whole', 'write_record',
-           'this_host', 'is_alive', 'read_record', 'runs_folder', 'list_runs', 'find_run', 'describe_run', 'CurrentRun',
-           'current_run', 'read_metrics']
+           'this_host', 'is_alive', 'read_record', 'runs_folder', 'keep_sources', 'list_runs', 'find_run',
+           'describe_run', 'CurrentRun', 'current_run', 'read_metrics']
 
 # %% ../../nbs/run/30_record.ipynb #42b22de5
-import atexit, contextlib, html, json, math, os, platform, shutil, tempfile, uuid
+import atexit, contextlib, gc, gzip, html, json, math, os, platform, shutil, tempfile, uuid
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -75,10 +75,10 @@ class RunRecord(BaseModel):
 RESERVE_BYTES = 65536  # a run.json is a few kilobytes; metrics and an error's traceback may add some
 
 
-def write_whole(path: Path, text: str) -> None:
-    "Replace a file as a whole: a reader sees the old text or the new."
+def write_whole(path: Path, text: str | bytes) -> None:
+    "Replace a file as a whole: a reader sees the old content or the new."
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try: beside.write_text(text, encoding="utf-8"); os.replace(beside, path)
+    try: beside.write_bytes(text.encode() if isinstance(text, str) else text); os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError): beside.unlink(missing_ok=True)
 
@@ -121,18 +121,23 @@ def read_record(folder: str | Path) -> RunRecord:
     """The record of the run in `folder`, as true as it can be told now: `running` without a living supervisor reads as `killed`.
 
     Raises `AigcError` when there is none, when it is damaged, or when a newer aigc wrote it."""
-    path = Path(folder)/"run.json"
-    try: data = json.loads(path.read_text(encoding="utf-8"))
+    path = f"{folder}/run.json"
+    try:
+        with open(path, "rb") as f: text = f.read()
     except OSError as e: raise AigcError("there is no run", place=str(folder), remedy="see: aigc runs list") from e
-    except ValueError as e: raise AigcError("the record is not JSON", place=str(path)) from e
-    if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > 1:
-        raise AigcError(f"the run has schema {data['schema']}, this aigc reads schema 1", place=str(path), remedy="update aigc-notebooks")
-    try: record = RunRecord.model_validate(data)
-    except ValidationError as e: raise AigcError(f"the record is damaged ({'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']})", place=str(path)) from e
+    try: record = RunRecord.model_validate_json(text)
+    except ValidationError as e: raise _unreadable(text, e, path) from e
     if record.status == "running" and not is_alive(record):
         record.status, record.ended = "killed", record.heartbeat
         record.error = record.error or RunError(kind="SupervisorGone", message="the run ended without a word: its supervisor was killed or the machine went down")
     return record
+
+def _unreadable(text: bytes, error: ValidationError, place: str) -> AigcError:
+    try: data = json.loads(text)
+    except ValueError: return AigcError("the record is not JSON", place=place)
+    if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > 1:
+        return AigcError(f"the run has schema {data['schema']}, this aigc reads schema 1", place=place, remedy="update aigc-notebooks")
+    return AigcError(f"the record is damaged ({'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']})", place=place)
 
 # %% ../../nbs/run/30_record.ipynb #6554ca40
 def runs_folder(store: Store | None = None) -> Path:
@@ -142,11 +147,25 @@ def runs_folder(store: Store | None = None) -> Path:
     return store.local/"runs"
 
 
+def keep_sources(runs: Path, folder: Path, sources: dict[str, str], paths: dict[str, Path]) -> None:
+    "Keep what a run is made of, each text once for all runs, so that a later one can be compared with it line by line."
+    (runs/".sources").mkdir(exist_ok=True)
+    for name, sha in sources.items():
+        if not (kept := runs/".sources"/f"{sha}.gz").exists(): write_whole(kept, gzip.compress(paths[name].read_bytes(), 6))
+    (folder/"closure.json").write_text(json.dumps(sources), encoding="utf-8")
+
+
 def list_runs(store: Store | None = None) -> list[RunRecord]:
     "All runs, newest first; a folder whose record cannot be read is left out."
-    found = []
-    for folder in runs_folder(store).glob("[!.]*/"):
-        with contextlib.suppress(AigcError): found.append(read_record(folder))
+    found, collecting = [], gc.isenabled()
+    gc.disable()  # ten thousand records are many objects and no garbage
+    try:
+        for entry in os.scandir(runs_folder(store)):
+            if entry.name.startswith("."): continue
+            with contextlib.suppress(AigcError): found.append(read_record(entry.path))
+    except FileNotFoundError: pass  # no run yet
+    finally:
+        if collecting: gc.enable()
     return sorted(found, key=lambda r: (r.created, r.id), reverse=True)
 
 

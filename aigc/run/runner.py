@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..core.errors import AigcError
 from ..core.progress import duration
 from ..core.store import Store
 from .child import ANSI
+from .closure import closure
 from .jobs import Job, find_job
 from .key import device, digest, git_state, key_parts, pin_inputs, versions, work_name
 from .page import write_page
-from .parameters import apply_parameters, read_parameters
+from .parameters import apply_parameters, read_notebook, read_parameters
 from .processes import end_processes, tree_memory
-from .record import RESERVE_BYTES, RunError, RunRecord, read_record, runs_folder, this_host, write_record, write_whole
-from .redact import redact, secret_values
+from .record import RESERVE_BYTES, RunError, RunRecord, read_record, keep_sources, runs_folder, this_host, write_record, write_whole
+from .redact import is_secret_name, is_secret_reference, read_secret, redact, secret_values
+from .slots import Stop
+from .warm import HEAVY, MARK_BYTES, ForkedJob, can_fork, warm_parent
 
 # %% ../../nbs/run/80_runner.ipynb #8d192766
 class Plan(BaseModel):
@@ -40,6 +43,10 @@ class Plan(BaseModel):
     key: str
     key_parts: dict[str, Any]
     work: str
+    text: str = Field(repr=False)  # the notebook as it was read: what is edited later belongs to a later run
+    sources: dict[str, str] = Field(repr=False)  # the closure: modules and data files with their sha256
+    imports: list[tuple[str, str]] = Field(repr=False)
+    _paths: dict[str, Path] = PrivateAttr(default_factory=dict)
 
 
 def plan_job(job: str | Path | Job, parameters: dict[str, Any] | None = None, store: Store | None = None) -> Plan:
@@ -47,12 +54,16 @@ def plan_job(job: str | Path | Job, parameters: dict[str, Any] | None = None, st
 
     Raises `UsageError` for an unknown job or parameter and for a value that does not fit, `AigcError` for a reference to nothing."""
     job = job if isinstance(job, Job) else find_job(job)
-    store, known = store or Store(), read_parameters(job.path)
+    text = read_notebook(job.path)
+    notebook, store = json.loads(text), store or Store()
     runs_folder(store)
+    known, made_of = read_parameters(notebook, job.path.stem), closure(notebook)
     told, references, inputs = pin_inputs(apply_parameters(known, parameters or {}, job.short), store)
-    parts = key_parts(job.path, told, inputs)
-    return Plan(job=job, parameters=told, changed={p.name: told[p.name] for p in known if told[p.name] != p.default or type(told[p.name]) is not type(p.default)},
-                references=references, key=digest([job.name, parts]), key_parts=parts, work=work_name(job.name, told, inputs))
+    parts = key_parts(notebook, told, inputs, made_of)
+    plan = Plan(job=job, parameters=told, changed={p.name: told[p.name] for p in known if told[p.name] != p.default or type(told[p.name]) is not type(p.default)},
+                references=references, key=digest([job.name, parts]), key_parts=parts, work=work_name(job.name, told, inputs), text=text, sources=made_of.files, imports=made_of.imports)
+    plan._paths = made_of.paths
+    return plan
 
 # %% ../../nbs/run/80_runner.ipynb #579808b8
 def find_cached(plan: Plan, store: Store | None = None) -> RunRecord | None:
@@ -85,6 +96,8 @@ def _new_run(plan: Plan, store: Store, pipeline: str) -> tuple[Path, RunRecord]:
         try:
             folder.mkdir(parents=True)
             (folder/".reserve").write_bytes(b"\0"*RESERVE_BYTES)
+            (folder/"source.ipynb").write_text(plan.text, encoding="utf-8")
+            keep_sources(runs_folder(store), folder, plan.sources, plan._paths)
             write_record(folder, record)
             for ref in plan.references: store.keep(ref, record.id)
         except OSError: shutil.rmtree(folder, ignore_errors=True); raise
@@ -130,14 +143,15 @@ GRACE_SECONDS = 5.0  # between asking a job to stop and killing it
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, store: Store, folder: Path, record: RunRecord, work: Path, timeout: float | None, watch: Watch | None):
+    def __init__(self, plan: Plan, store: Store, folder: Path, record: RunRecord, work: Path, timeout: float | None, watch: Watch | None, memory: int | None = None, environment: dict[str, str] | None = None, stopping: Stop | None = None):
+        self.memory, self.environment, self.stopping, self.readers = memory, environment or {}, stopping or Stop(), []
         self.plan, self.store, self.folder, self.record, self.work, self.watch = plan, store, folder, record, work, watch
         self.timeout, self.start, self.child = timeout, time.monotonic(), None
         self.cell, self.cells, self.line, self.event = 0, 0, "", {}
         self.stopped: tuple[str, str, str] | None = None  # (status, kind, message) once an end is wanted
         self.kill_at = self.next_beat = self.next_look = 0.0
         self.read = {"metrics.jsonl": 0, "events.jsonl": 0}
-        self.secrets = secret_values()
+        self.secrets = secret_values() + [v for n, r in record.parameters.items() if is_secret_name(n) and is_secret_reference(r) and len(v := read_secret(r)) >= 8]
         self.log = open(folder/"log.txt", "a", encoding="utf-8", buffering=1)
 
     @property
@@ -149,14 +163,16 @@ class _Supervisor:
         with contextlib.suppress(OSError, ValueError): self.log.write(f"{datetime.now():%H:%M:%S} {self.line}\n")
 
 # %% ../../nbs/run/80_runner.ipynb #3b90bbcb
-def _environment(record: RunRecord, folder: Path, work: Path, store: Store) -> dict[str, str]:
+def _environment(record: RunRecord, folder: Path, work: Path, store: Store, more: dict[str, str]) -> dict[str, str]:
     "What the job's process finds in its environment; it imports the same `aigc` as we did, wherever that is."
     roots = [str(Path(spec.origin).parent.parent) for name in ("aigc", "aigc_kernels") if (spec := find_spec(name)) and spec.origin]
     path = os.pathsep.join(dict.fromkeys([r for r in roots if "site-packages" not in r] + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]))
     ours = {"AIGC_RUN_ID": record.id, "AIGC_RUN_DIR": str(folder.resolve()), "AIGC_RUN_FOLDER": str(work.resolve()), "AIGC_STORE": str(store.local.resolve()), "PYTHONPATH": path}
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # one hash seed: the order of a set is part of "same seed, same result"
     passive = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # spinning threads make a job ten times slower as soon as a neighbour needs a core
-    return {**os.environ, **quiet, **passive, **ours}
+    declared = {"AIGC_RUN_SETTINGS": ",".join(record.key_parts.get("settings", {}))}
+    secret = {"AIGC_RUN_SECRETS": "\n".join(v for n, v in record.parameters.items() if is_secret_name(n) and is_secret_reference(v))}
+    return {**os.environ, **quiet, **passive, **more, **ours, **declared, **secret}
 
 
 @patch
@@ -165,13 +181,33 @@ def begin(self: _Supervisor) -> None:
     self.work.mkdir(parents=True, exist_ok=True)
     self.private = tempfile.mkdtemp(prefix="aigc-")  # the kernel's sockets: a path below 107 bytes, which a run's folder may not be
     events, theirs = os.pipe()
-    task = {"private": self.private, "notebook": str(self.plan.job.path), "output": str(self.folder/"notebook.ipynb"), "parameters": self.plan.changed, "events": theirs, "run": self.record.id, "parent": os.getpid()}
-    self.child = subprocess.Popen([sys.executable, "-P", "-c", "from aigc.run.child import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  pass_fds=[theirs], start_new_session=True, env=_environment(self.record, self.folder, self.work, self.store))
-    os.close(theirs)
-    with contextlib.suppress(BrokenPipeError): self.child.stdin.write(json.dumps(task).encode() + b"\n"); self.child.stdin.flush()
+    task = {"private": self.private, "notebook": str(self.folder/"source.ipynb"), "output": str(self.folder/"notebook.ipynb"), "parameters": self.plan.changed, "events": theirs, "run": self.record.id, "parent": os.getpid()}
+    environment = _environment(self.record, self.folder, self.work, self.store, self.environment)
+    try: self.child = self.fork(task, theirs, environment) or self.spawn(task, theirs, environment)
+    finally: os.close(theirs)
+    if self.stopped: self.child.terminate()  # asked while the libraries were being imported
     self.readers = [threading.Thread(target=f, daemon=True) for f in (self.read_log, lambda: self.read_events(events), _prepare_page)]
     for reader in self.readers: reader.start()
+
+
+@patch
+def fork(self: _Supervisor, task: dict, events: int, environment: dict[str, str]) -> ForkedJob | None:
+    "The job as a fork of the warm parent, where there is one and a fork is possible."
+    parent = warm_parent(environment) if can_fork(self.record.device) and len(self.record.id) < MARK_BYTES - 8 else None
+    if parent is None: return None
+    wanted = [i for i in self.plan.imports if i[0].split(".")[0] in HEAVY]
+    threads = int(environment["OMP_NUM_THREADS"]) if environment.get("OMP_NUM_THREADS", "").isdigit() else 0
+    with contextlib.suppress(OSError): return parent.fork(task, events, environment, wanted, threads)
+    return None
+
+
+@patch
+def spawn(self: _Supervisor, task: dict, events: int, environment: dict[str, str]) -> subprocess.Popen:
+    "The job as a process of its own, with a Jupyter kernel below it."
+    child = subprocess.Popen([sys.executable, "-P", "-c", "from aigc.run.child import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             pass_fds=[events], start_new_session=True, env=environment)
+    with contextlib.suppress(BrokenPipeError): child.stdin.write(json.dumps(task).encode() + b"\n"); child.stdin.flush()
+    return child
 
 
 def _prepare_page() -> None:
@@ -240,10 +276,21 @@ def beat(self: _Supervisor) -> None:
 
 
 @patch
+def look(self: _Supervisor) -> None:
+    "Measure the memory of the job's processes together; one that has passed its limit is killed at once, before the machine suffers."
+    used = tree_memory(self.child.pid)
+    self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, used)
+    if self.memory and used > self.memory and not self.stopped:
+        self.stop("killed", "MemoryLimit", f"the job's processes held {used/2**20:,.0f} MiB together, more than their limit of {self.memory/2**20:,.0f} MiB")
+        end_processes(self.record.id, grace=0)
+
+
+@patch
 def stop(self: _Supervisor, status: str, kind: str, message: str) -> None:
     "Ask the job to end; asked again, or after the grace, it is killed."
     if self.stopped: self.kill_at = 0.0; return
     self.stopped, self.kill_at = (status, kind, message), time.monotonic() + GRACE_SECONDS
+    if self.child is None: return  # it is about to start
     with contextlib.suppress(OSError): self.child.terminate()
 
 
@@ -252,11 +299,13 @@ def follow(self: _Supervisor) -> None:
     "Until the job's process has ended."
     while self.child.poll() is None:
         now = time.monotonic()
-        if now >= self.next_look: self.next_look = now + LOOK_SECONDS; self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, tree_memory(self.child.pid))
+        if now >= self.next_look: self.next_look = now + (LOOK_SECONDS/4 if self.memory else LOOK_SECONDS); self.look()
         if now >= self.next_beat: self.next_beat = now + HEARTBEAT_SECONDS; self.beat()
         if self.watch: self.watch(Progress(self.record, self.seconds, self.cell, self.cells, self.line))
         if self.timeout and self.seconds > self.timeout and not self.stopped:
             self.stop("timeout", "Timeout", f"the run took longer than its limit of {duration(self.timeout)}")
+        if self.stopping.times and not self.stopped: self.stop("killed", self.stopping.signal, f"stopped by {self.stopping.signal}")
+        if self.stopping.times > 1: self.kill_at = 0.0
         if self.stopped and now > self.kill_at: end_processes(self.record.id, grace=0)
         with contextlib.suppress(subprocess.TimeoutExpired): self.child.wait(0.2)
 
@@ -289,7 +338,10 @@ def end(self: _Supervisor) -> RunRecord:
     self.record.wall_seconds = self.seconds
     self.say(f"{self.record.status} after {duration(self.seconds)}" + (f": {self.record.error.message}" if self.record.error else ""))
     with _writing(f"run {self.record.id}"): write_record(self.folder, self.record)
-    if self.record.status == "succeeded": _remember(self.store, self.record); shutil.rmtree(self.work, ignore_errors=True)
+    if self.record.status == "succeeded":
+        if closure(json.loads(self.plan.text)).files == self.plan.sources: _remember(self.store, self.record)
+        else: self.say("the library was edited while the job ran: the result is kept, but it is no answer for the next run")
+        shutil.rmtree(self.work, ignore_errors=True)
     try: write_page(self.folder, self.record)
     except Exception as e: self.say(f"the page could not be written: {e}")  # a broken picture must not turn a good run into a failed one
     (self.folder/".reserve").unlink(missing_ok=True)
@@ -333,18 +385,19 @@ def _supervise(supervisor: _Supervisor) -> RunRecord:
 
 # %% ../../nbs/run/80_runner.ipynb #879c2870
 def run_job(job: str | Path | Job, parameters: dict[str, Any] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None,
-            pipeline: str = "", watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> RunRecord:
+            memory: int | None = None, environment: dict[str, str] | None = None, pipeline: str = "", watch: Watch | None = None,
+            say: Callable[[str], None] = lambda line: None, stopping: Stop | None = None) -> RunRecord:
     """Run a job with (typed) parameters and return its record; a failed job is a record too, not an exception.
 
     The same work done before is not done again: the record says `cached` and names the run. `force` runs it anyway, from the start.
-    `timeout` is in seconds. Raises `UsageError` for what can be refused before the start."""
+    `timeout` is in seconds, `memory` in bytes of all the job's processes together, `environment` holds variables for the job alone; `stopping` lets another thread end it. Inside `warm_running()` jobs are forked. Raises `UsageError` for what can be refused before the start."""
     store = store or Store()
     plan = plan_job(job, parameters, store)
     with _alone(plan, store, say) as work:
         if not force and (source := find_cached(plan, store)): return _cached(plan, store, source, pipeline)
         if force: shutil.rmtree(work, ignore_errors=True)
         folder, record = _new_run(plan, store, pipeline)
-        return _supervise(_Supervisor(plan, store, folder, record, work, timeout, watch))
+        return _supervise(_Supervisor(plan, store, folder, record, work, timeout, watch, memory, environment, stopping))
 
 
 def _cached(plan: Plan, store: Store, source: RunRecord, pipeline: str) -> RunRecord:
