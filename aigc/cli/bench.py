@@ -14,11 +14,8 @@ from .main import LazyGroup
 
 # %% ../../nbs/cli/90_bench.ipynb #6e090c95
 BENCHMARKS = {
-<<<<<<< HEAD
     "serve": ("aigc.cli.bench_serve:bench_serve_command", "Our server beside llama.cpp, vLLM and transformers: TTFT, TPOT, throughput."),
-=======
     "runs": ("aigc.cli.bench_runs:runs_bench_command", "What a run costs in a sweep, beside papermill alone."),
->>>>>>> 670af51 (Warm forks, slots, a key over the import closure, why, sweeps: a run starts in a tenth of a second and knows what it is made of)
 }
 
 # %% ../../nbs/cli/90_bench.ipynb #68178efb
