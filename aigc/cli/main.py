@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": ("aigc.cli.serve:chat_command", "Talk to a model or an endpoint.", "Serving"),
     "release": ("aigc.cli.release:release_app", "Releases: create, list, promote, rollback, history.", "Serving"),
     "gateway": ("aigc.cli.gateway:gateway_app", "Keys, limits, canaries: serve releases or other servers.", "Serving"),
+    "deploy": ("aigc.cli.deploy:deploy_app", "Put a release on Modal.", "Serving"),
     "bench": ("aigc.cli.bench:bench", "Measure: kernels, decode, serve, data, runs.", "Serving"),
 }
 

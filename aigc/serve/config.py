@@ -50,6 +50,7 @@ class ModelConfig(Config):
 class Timeouts(Config):
     "Seconds."
     deadline: float = Field(600, gt=0, description="of a whole request, waiting included; clients may ask for less with X-Request-Timeout")
+    whole: float = Field(600, gt=0, description="the same, of a request that is not streamed (platforms cut such requests sooner)")
     first_token: float = Field(120, gt=0, description="until a back end says its first word; then another one is asked")
     connect: float = Field(5, gt=0, description="to reach a back end")
     body: float = Field(30, gt=0, description="for a request's body to arrive")

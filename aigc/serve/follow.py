@@ -31,9 +31,9 @@ def release_backend(release: Release, name: str, releases: Releases) -> Backend:
 
 
 class Follower:
-    "Keeps the routes of a gateway at what the ledgers say. `make(release, name, releases)` builds a back end, in a thread."
-    def __init__(self, gateway: Gateway, releases: Releases, *, make: Callable[[Release, str, Releases], Backend] = release_backend, retry_seconds: float = 60):
-        self.gateway, self.releases, self.make, self.retry_seconds = gateway, releases, make, retry_seconds
+    "Keeps the routes of a gateway at what the ledgers say. `make(release, name, releases)` builds a back end, in a thread; `refresh` is called before the ledgers are read."
+    def __init__(self, gateway: Gateway, releases: Releases, *, make: Callable[[Release, str, Releases], Backend] = release_backend, retry_seconds: float = 60, refresh: Callable[[], None] = lambda: None):
+        self.gateway, self.releases, self.make, self.retry_seconds, self.refresh = gateway, releases, make, retry_seconds, refresh
         self.failed: dict[str, float] = {}   # release id → when it could not be loaded
 
     def wanted(self, name: str) -> dict[str, tuple[Release, float]]:
@@ -49,6 +49,7 @@ class Follower:
 async def sync(self: Follower) -> list[str]:
     "Make the routes what the ledgers say; returns what changed, one sentence each."
     changes = []
+    await asyncio.to_thread(self.refresh)
     for name, config in self.gateway.config.models.items():
         if not config.release: continue
         try: changes += await self._sync(name)

@@ -210,12 +210,13 @@ async def _call(self: Gateway, scope, receive, key: Key, request_id: str, began:
     if not isinstance(model, str) or model not in self.routes or not key.may_ask(model): raise Refusal(404, "that model does not exist here; see GET /v1/models", code="model_not_found", param="model")
     if not isinstance(body.get("stream"), bool | None): raise Refusal(400, "'stream': give true or false", code="invalid_value", param="stream")
     asked = header(scope, b"x-request-timeout")
-    try: seconds = min(self.config.timeouts.deadline, float(asked)) if asked else self.config.timeouts.deadline
+    most = min(self.config.timeouts.deadline, self.config.timeouts.deadline if body.get("stream") else self.config.timeouts.whole)
+    try: seconds = min(most, float(asked)) if asked else most
     except ValueError: seconds = -1.0
     if not seconds > 0: raise Refusal(400, "X-Request-Timeout: give seconds, more than zero", code="invalid_value")
     prompt, answer = estimate_tokens(body, len(raw), self.config.answer_tokens)
     call = Call(request_id, key, scope["path"], body, began, asyncio.get_running_loop().time() + seconds, prompt, prompt + answer)
-    call.sent = dict(body)
+    call.sent = {k: v for k, v in body.items() if k != "user"}  # it has done its work here: back ends need not know people
     if call.streams and call.path in ("/v1/chat/completions", "/v1/completions"):
         options = body.get("stream_options") or {}
         call.wants_usage = isinstance(options, dict) and bool(options.get("include_usage"))
