@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVERY_SECONDS', 'SHOWN_ROWS', 'run_app', 'sweep_app', 'runs', 'RunName', 'Json', 'console', 'progress_line',
-           'Reporter', 'run_command', 'sweep_command', 'list_command', 'show_command', 'html_command', 'why_command']
+           'Reporter', 'run_command', 'sweep_command', 'list_command', 'show_command', 'html_command',
+           'compare_command', 'why_command']
 
 # %% ../../nbs/cli/30_run.ipynb #de684878
 import json, re, sys
@@ -28,6 +29,7 @@ from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, plan
 from ..run.record import RunRecord, describe_run, find_run, list_runs, runs_folder
 from ..run.picture import pipeline_svg
 from ..run.runner import Progress, exit_code, find_cached, plan_job, run_job
+from ..run.site import compare_runs, write_site
 from ..run.sweep import Sweep, promote, run_sweep
 from ..run.why import why
 
@@ -339,12 +341,26 @@ def show_command(run: RunName, as_json: Json = False):
 
 
 @runs.command("html")
-def html_command(run: RunName):
-    """Write the page of a run anew and print its path.
+def html_command(run: Annotated[str, typer.Argument(metavar="[RUN]", help="the page of one run; without it a site over all runs")] = "",
+                 limit: Annotated[int, typer.Option(help="the newest so many runs in the site; 0 for all", min=0)] = 1000):
+    """Write a static site over all runs (or the page of one run) and print its path. It opens from the disk, without a server.
 
-    Example: aigc runs html last"""
+    Example: aigc runs html"""
+    if not run: return typer.echo(write_site(limit=limit))
     record, folder = find_run(run)
     typer.echo(write_page(folder, record))
+
+
+@runs.command("compare")
+def compare_command(names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="ids, their beginnings or ends, or jobs' names")], as_json: Json = False):
+    """Show what differs between runs: parameters, code, versions, time, metrics.
+
+    Example: aigc runs compare 3f2a 91bc"""
+    compared = compare_runs([find_run(n)[0] for n in names])
+    if as_json: return print_json({"runs": [r.id for r in compared.records], "differs": [{"part": p, "name": n, "values": v} for p, n, v in compared.rows]})
+    table = Table("", "", *(r.id for r in compared.records), box=None, header_style="bold")
+    for part, name, values in compared.rows: table.add_row(Text(part, style="dim"), name, *(Text("" if v is None else f"{v:.4g}" if isinstance(v, float) else _value(v)) for v in values))
+    console().print(table if compared.rows else "nothing differs")
 
 
 @runs.command("why")
