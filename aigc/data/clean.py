@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Drop', 'place_of', 'drop', 'Step', 'Rule', 'clean', 'tidy', 'empty', 'generated', 'too_short', 'too_long',
            'unfinished', 'not_a_sentence', 'boilerplate', 'repeated', 'stub', 'answer_in_source', 'foreign',
-           'non_english', 'docstring_rules', 'chat_rules']
+           'non_english', 'docstring_rules', 'control_token', 'template', 'chat_rules']
 
 # %% ../../nbs/data/30_clean.ipynb #056d96c6
 import ast, html, json, re, unicodedata
@@ -211,6 +211,22 @@ def _unreadable(r: Record):
     return bad if bad > 0.01*max(1, len(text)) else None
 
 
+_CONTROL = re.compile(r"<\|[a-zA-Z_0-9▁]{2,40}\|>|</?s>\[?INST\]?|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<\uff5c[^<>]{2,40}\uff5c>")
+_TEMPLATE = re.compile(r"(?<![\\\w{])\{\{[-\s]*[A-Za-z_][\w.]*(?:\([^{}]*\)|\[[^{}]*\]|\s*\|[^{}]*)*[-\s]*\}\}(?!\})|\{%[-\s]*(?:if|for|set|include|import|macro|block|endif|endfor)\b[^{}]*%\}")
+
+
+def control_token(r: Record):
+    "A chat template's own token inside what somebody said: it would end the turn it stands in."
+    m = _CONTROL.search(r.ask) or _CONTROL.search(r.answer)
+    return m[0] if m else None
+
+
+def template(r: Record):
+    "A placeholder that nobody filled in, or that a template engine would run."
+    m = _TEMPLATE.search(r.ask) or _TEMPLATE.search(r.answer)
+    return m[0][:80] if m else None
+
+
 def chat_rules(*, max_record_chars: int = 20_000) -> list[Rule]:
     "The rules for a user's own conversations or preferences: language and style are theirs."
     return [
@@ -218,5 +234,7 @@ def chat_rules(*, max_record_chars: int = 20_000) -> list[Rule]:
         Rule("empty_prompt", "nothing was asked", lambda r: r.ask if not r.ask.strip() else None),
         Rule("too_long", f"more than {max_record_chars:,} characters", lambda r: n if (n := len(r.ask) + len(r.answer)) > max_record_chars else None),
         Rule("unreadable", "over 1 % of it are replacement or control characters", _unreadable),
+        Rule("control_token", "a token of a chat template stands in the text", control_token),
+        Rule("template", "a template's placeholder stands in the text", template),
         Rule("disliked", "its label says that somebody rejected the answer", lambda r: "label: false" if r.meta.get("label") is False else None),
         Rule("echo", "the answer repeats the question", lambda r: r.answer if r.answer.strip() == r.ask.strip() else None)]
