@@ -58,7 +58,7 @@ class EngineCore:
         source.manual_seed(random.SystemRandom().getrandbits(63) if request.seed is None else request.seed)
         row = Row(key, request, ids, TextStream(self.tokenizer, request.stop), source, min(request.max_tokens, room), ends_of(request, self.ends))
         s = Sequence(row, salt=request.cache_salt + "\0" + request.adapter, scores=None if request.prompt_logprobs is None else [None])
-        if request.guide is not None: s.matcher = self.guides(request.guide)
+        if request.guide is not None: s.matcher, row.ends = self.guides(request.guide), row.ends | self.ends  # a guide's end is the answer's end
         if request.adapter: s.adapter = list(self.adapters).index(request.adapter) + 1
         return s
 
@@ -203,28 +203,33 @@ class LLM:
         import aigc.quant.plugin  # noqa: F401  (checkpoints in our own quantized format)
         return cls(*load_model(model, dtype=dtype, device=device, store=store), name=str(model), **how)
 
-    def _run(self, requests: Several[Request]) -> Iterator[tuple[int, Chunk]]:
+    def _run(self, requests: Several[Request]) -> Iterator[tuple[int, Chunk | AigcError]]:
         keys = [object() for _ in requests]
         number = {k: i for i, k in enumerate(keys)}
         try:
             prepared = [self.core.prepare(k, r) for k, r in zip(keys, requests)]  # all of them first: a wrong one is told before anything is computed
             for s in prepared: self.core.add(s)
             while self.core.busy:
-                for key, piece in self.core.step():
-                    if isinstance(piece, AigcError): raise piece
-                    yield number[key], piece
+                for key, piece in self.core.step(): yield number[key], piece
         finally:
             for k in keys: self.core.abort(k)
 
+    def answers(self, requests: Several[Request]) -> Iterator[tuple[int, Completion | AigcError]]:
+        "`(number, answer)` as they end; a request that fails is an answer, too, and the others go on."
+        parts: list[list[Chunk]] = [[] for _ in requests]
+        for i, piece in self._run(requests):
+            if isinstance(piece, AigcError): yield i, piece
+            else:
+                parts[i].append(piece)
+                if piece.finish_reason: yield i, whole(parts[i])
+
     def generate(self, requests: Several[Request]) -> list[Completion]:
         "The answers, in the order of the requests."
-        parts = [[] for _ in requests]
-        def finished():
-            for i, piece in self._run(requests):
-                parts[i].append(piece)
-                if piece.finish_reason: yield i
-        for _ in track(finished(), f"{self.name} answers", total=len(requests)): pass
-        return [whole(p) for p in parts]
+        done = {}
+        for i, answer in track(self.answers(requests), f"{self.name} answers", total=len(requests)):
+            if isinstance(answer, AigcError): raise answer
+            done[i] = answer
+        return [done[i] for i in range(len(requests))]
 
     def chat(self, conversations: Several[Several[dict]], **sampling) -> list[Completion]:
         "Answers to conversations (lists of messages), all sampled alike."
@@ -233,6 +238,7 @@ class LLM:
     def stream(self, request: Request) -> Iterator[str]:
         "The answer in pieces of whole characters."
         for _, piece in self._run([request]):
+            if isinstance(piece, AigcError): raise piece
             if piece.text: yield piece.text
 
     def logprobs(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
