@@ -56,7 +56,7 @@ def require_keys(keys: Sequence[str], taken: socket.socket) -> None:
     if not keys and not is_loopback(taken):
         raise UsageError("other machines can reach this address, and no API key is set", place=url_of(taken), remedy=f"set {KEY_VARIABLE}, or use --host 127.0.0.1")
 
-# %% ../../nbs/serve/40_server.ipynb #0ede4eb8
+# %% ../../nbs/serve/40_server.ipynb #81be9054
 def _log_config(level: str) -> dict:
     config = copy.deepcopy(LOGGING_CONFIG)
     for name in ("uvicorn", "uvicorn.error"): config["loggers"][name]["level"] = "WARNING"  # our two lines say what its start-up lines would
@@ -66,17 +66,18 @@ def _log_config(level: str) -> dict:
 
 
 class Endpoint:
-    """A started `LocalEngine`, served on a bound socket. `run` returns after SIGTERM, Ctrl-C or `stop()`, and raises what loading the model raised.
+    """A started engine, or several, served on a bound socket. `run` returns after SIGTERM, Ctrl-C or `stop()`, and raises what loading a model raised.
 
-    `grace`: seconds that running answers get to finish. `tell`: gets the lines for people and programs (default: stdout)."""
+    `wrap`: makes another ASGI application of ours (a gateway around it). `grace`: seconds that running answers get to finish. `tell`: gets the lines for people and programs (default: stdout)."""
 
     def __init__(self, engine, taken: socket.socket, *, keys: Sequence[str] = (), model_names: Sequence[str] = (), grace: int = 10, access_log: bool = True,
-                 tell: Callable[[str], None] = lambda line: print(line, flush=True)):
+                 wrap: Callable = lambda app: app, tell: Callable[[str], None] = lambda line: print(line, flush=True)):
         from aigc.serve.app import create_app  # torch comes with it
         require_keys(keys, taken)
-        self.engine, self.taken, self.tell, self.url, self.has_keys = engine, taken, tell, url_of(taken), bool(keys)
-        app = create_app(engine, keys=keys, model_names=model_names)
-        self.server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=grace,
+        self.engines = list(engine) if isinstance(engine, Sequence) else [engine]
+        self.engine, self.taken, self.tell, self.url, self.has_keys = self.engines[0], taken, tell, url_of(taken), bool(keys)
+        app = wrap(create_app(engine, keys=keys, model_names=model_names))
+        self.server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=grace, timeout_keep_alive=75, h11_max_incomplete_event_size=65536,
                                                     log_config=_log_config("INFO" if access_log else "WARNING")))
 
     def stop(self) -> None: self.server.should_exit = True
@@ -89,18 +90,32 @@ class Endpoint:
         threading.Thread(target=watch, daemon=True).start()
 
     def _announce(self, began: float) -> None:
-        try: self.engine.wait_loaded()
-        except Exception: self.stop()
-        else: self.tell(f"ready after {duration(time.monotonic() - began)}")
+        "Say how the loading goes, and at the end that all is ready; a model that cannot be loaded ends the server."
+        for engine in self.engines:
+            try:
+                while not engine.wait_loaded(5): self.tell(f"loading {engine.name}: {duration(time.monotonic() - began)}{_progress(engine)}")
+            except Exception: return self.stop()
+            if len(self.engines) > 1: self.tell(f"{engine.name} loaded after {duration(time.monotonic() - began)}")
+        if not self.server.should_exit: self.tell(f"ready after {duration(time.monotonic() - began)}")
 
     def run(self) -> None:
-        self.tell(f"{self.engine.name} at {self.url}/v1" + (", with an API key" if self.has_keys else ""))
+        names = ", ".join(e.name for e in self.engines)
+        self.tell(f"{names} at {self.url}/v1" + (", with an API key" if self.has_keys else ""))
         threading.Thread(target=self._announce, args=[time.monotonic()], daemon=True).start()
         on_main = threading.current_thread() is threading.main_thread()
         if on_main: before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again once it has stopped: by then it is answered
         try: self.server.run(sockets=[self.taken])
         finally:
             if on_main: signal.signal(signal.SIGTERM, before)
-            self.engine.stop()
+            for engine in self.engines: engine.stop()
             self.taken.close()
-        if self.engine.error: raise self.engine.error
+        if error := next((e for engine in self.engines if (e := getattr(engine, "error", None))), None): raise error
+
+
+def _progress(engine) -> str:
+    "How much of the weights is in memory, where the engine knows how many bytes it expects."
+    expected = getattr(engine, "expected_bytes", 0)
+    if not expected: return ""
+    import psutil
+    grown = max(0, psutil.Process().memory_info().rss - getattr(engine, "bytes_before", 0))
+    return f", {min(99, 100*grown//expected)} % of {expected/1e6:.0f} MB in memory"
