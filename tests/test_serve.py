@@ -83,8 +83,8 @@ def test_sampling_fields_work(served):
 
 
 @pytest.mark.parametrize("fields, code, param", [
-    (dict(n=2), "unsupported_parameter", "n"), (dict(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]), "unsupported_parameter", "tools"),
-    (dict(response_format={"type": "json_object"}), "unsupported_parameter", "response_format"), (dict(extra_body={"temprature": 1}), "unknown_parameter", "temprature"),
+    (dict(n=17), "invalid_value", "n"), (dict(functions=[{"name": "f"}]), "unsupported_parameter", "functions"), (dict(extra_body={"cache_salt": "mine"}), "unsupported_parameter", "cache_salt"),
+    (dict(reasoning_effort="high"), "unsupported_parameter", "reasoning_effort"), (dict(extra_body={"temprature": 1}), "unknown_parameter", "temprature"),
     (dict(temperature=9), "invalid_value", "temperature"), (dict(messages=[{"role": "user", "content": "word "*700}]), "context_length_exceeded", "messages"),
     (dict(stream_options={"include_usage": True}), "invalid_value", None), (dict(messages=[]), "invalid_value", "messages")])
 def test_what_is_not_served_is_refused_by_name(served, fields, code, param):
