@@ -18,37 +18,79 @@ def wait_passively() -> None:
     "Let torch's threads sleep while they wait (unless the user decided otherwise); before torch is imported."
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# %% ../../nbs/cli/70_serve.ipynb #db26a84a
+# %% ../../nbs/cli/70_serve.ipynb #29b4719a
 Model = Annotated[str, typer.Argument(help="an alias, a folder, a store reference or a Hub id (default: the setting 'model')")]
 
 
-def serve_command(model: Model = "",
+def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one model or several: an alias, a folder, a store reference or a Hub id (default: the setting 'model')")] = None,
                   host: Annotated[str, typer.Option(help="address to listen at; others than loopback need AIGC_API_KEY")] = "127.0.0.1",
                   port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-                  name: Annotated[str, typer.Option(help="what clients call the model (default: its own name)")] = "",
+                  name: Annotated[list[str] | None, typer.Option(help="what clients call the model (default: its own name); once for each model")] = None,
+                  upstream: Annotated[str, typer.Option(help="serve what this OpenAI-compatible server serves (vLLM, llama.cpp …; its key: AIGC_UPSTREAM_KEY); the models are then its models")] = "",
+                  engine: Annotated[str, typer.Option(help="paged (our own) or transformers")] = "paged",
                   batch: Annotated[int, typer.Option(min=1, help="requests computed together")] = 8,
                   queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are refused with 429")] = 64,
                   grace: Annotated[int, typer.Option(min=0, help="seconds that running answers get when the server is told to stop")] = 10,
                   with_stdin: Annotated[bool, typer.Option("--with-stdin", help="stop when the standard input ends (for programs that start a server)")] = False):
-    """Serve a model behind the OpenAI protocol until Ctrl-C or SIGTERM.
+    """Serve models behind the OpenAI protocol, with a web page at /, until Ctrl-C or SIGTERM.
 
     Example: aigc serve smollm2-135m --port 8000
 
     The API keys come from AIGC_API_KEY (several, separated by commas). They are optional on loopback and required elsewhere."""
     wait_passively()
-    from aigc.core.errors import require
-    for library in ("fastapi", "uvicorn"): require(library, "serve")
+    from aigc.core.errors import UsageError, require
+    for library in ("fastapi", "uvicorn", "prometheus_client"): require(library, "serve")
     from aigc.serve.server import Endpoint, bind, configured_keys, require_keys
+    names = name or []
+    if len(names) > max(1, len(models or [])): raise UsageError("there are more names than models", place="--name")
     taken, keys = bind(host, port), configured_keys()
     require_keys(keys, taken)
-    from aigc.models.sources import ALIASES, model_path
-    from aigc.serve.engine import model_engine
-    model = model or settings().model
-    if model not in ALIASES: model_path(model)  # a name that means nothing is known now, not after the server says where it is
-    engine = model_engine(model, name=name, max_batch=batch, max_waiting=queue)
-    endpoint = Endpoint(engine, taken, keys=keys, grace=grace)
+    if upstream: engines = _upstream_engines(upstream, models or [""], names)
+    else: engines = _own_engines(models or [settings().model], names, engine, batch, queue)
+    try: endpoint = Endpoint(engines[0] if len(engines) == 1 else engines, taken, keys=keys, grace=grace)
+    except Exception:
+        for e in engines: e.stop()
+        raise
     if with_stdin: endpoint.stop_with(sys.stdin)
     endpoint.run()
+
+# %% ../../nbs/cli/70_serve.ipynb #39167d58
+def _own_engines(models: list[str], names: list[str], kind: str, batch: int, queue: int) -> list:
+    from aigc.core.errors import UsageError
+    from aigc.models.sources import ALIASES, model_path
+    from aigc.serve.engine import model_engine, public_name
+    from aigc.serve.fit import require_fit
+    names = [n or public_name(m) for n, m in zip([*names, *[""]*len(models)], models)]
+    if len(set(names)) < len(names): raise UsageError("two models have the same name", place=", ".join(names), remedy="give each its own: --name A --name B")
+    promised = 0
+    for m in models:
+        if m not in ALIASES: model_path(m)
+        if _here(m): promised += require_fit(m, already=promised)
+    engines = []
+    try:
+        for m, n in zip(models, names): engines.append(model_engine(m, name=n, max_batch=batch, max_waiting=queue, engine=kind))
+    except Exception:
+        for e in engines: e.stop()
+        raise
+    return engines
+
+
+def _here(model: str) -> bool:
+    "Whether the weights are on this machine; an alias is made when it is first loaded."
+    from aigc.core.errors import AigcError
+    from aigc.core.store import Store
+    from aigc.models.sources import ALIASES
+    if model not in ALIASES: return True
+    try: Store().get(f"model/{model}")
+    except AigcError: return False
+    return True
+
+
+def _upstream_engines(url: str, models: list[str], names: list[str]) -> list:
+    from aigc.serve.upstream import UpstreamEngine
+    base = url.rstrip("/")
+    if base.count("/") == 2: base += "/v1"
+    return [UpstreamEngine(base, m, name=n, api_key=os.environ.get("AIGC_UPSTREAM_KEY", "")).start() for m, n in zip(models, [*names, *[""]*len(models)])]
 
 # %% ../../nbs/cli/70_serve.ipynb #ccc8f72c
 def _generator(model: str, url: str):

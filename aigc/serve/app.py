@@ -7,7 +7,7 @@ __all__ = ['log', 'OPEN', 'BODY_SECONDS', 'LARGE', 'error_response', 'KeyGuard',
            'EventStream', 'Served', 'off_loop', 'answer', 'tokenize', 'detokenize', 'tokenizer_info', 'embeddings',
            'create_app', 'describe']
 
-# %% ../../nbs/serve/30_app.ipynb #3b413c2e
+# %% ../../nbs/serve/30_app.ipynb #39322be4
 import asyncio, base64, hashlib, hmac, logging, struct, time
 from collections.abc import Awaitable, Mapping, Sequence
 
@@ -24,7 +24,7 @@ from .answering import ChatAnswer, PlainAnswer, as_api_error, chat_requests, eve
 from .metrics import Metrics, Watch
 from .page import PAGE_HEADERS, page_file
 from .protocol import ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, ErrorBody, TokenizeRequest, parse
-from .tokens import TokenTexts, context_of, tokenizer_of
+from .tokens import TokenTexts, adapters_of, context_of, tokenizer_of
 from .tools import for_template, in_words, knows_tools
 
 log = logging.getLogger("aigc.serve")
@@ -105,7 +105,7 @@ class EventStream(StreamingResponse):
         try: await super().__call__(scope, receive, send)
         finally: self._close()
 
-# %% ../../nbs/serve/30_app.ipynb #2326f065
+# %% ../../nbs/serve/30_app.ipynb #d496dbe0
 class Served:
     "The engines by the names that clients use."
 
@@ -116,7 +116,7 @@ class Served:
         if len(self.names) < len(self.engines): raise UsageError(f"two models are called '{self.engines[-1].name}'", place="create_app", remedy="give one another name: --name")
         self.created = int(time.time())
 
-    def adapters(self) -> dict[str, Engine]: return {a: e for e in self.engines for a in getattr(e, "adapters", ())}
+    def adapters(self) -> dict[str, Engine]: return {a: e for e in self.engines for a in adapters_of(e)}
 
     def find(self, name: str | None) -> tuple[Engine, str]:
         "`(engine, adapter)`; without a name, the only engine."

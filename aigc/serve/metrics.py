@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ..models.generate import Chunk, Engine
 
-# %% ../../nbs/serve/28_metrics.ipynb #f8b162ab
+# %% ../../nbs/serve/28_metrics.ipynb #35e44a78
 COUNTED = ("_hits", "_queries", "_preemptions", "_total", "_tokens", "_steps", "_restarts")
 
 
@@ -27,6 +27,7 @@ class EngineCollector:
         for name, engine in self.engines.items():
             status = engine.status()
             told = {"num_requests_running": status.running, "num_requests_waiting": status.waiting, "engine_healthy": int(status.healthy), "engine_ready": int(status.ready)}
+            told |= _gauges(getattr(engine, "gauges", None) or {})
             try: told |= {k: float(v) for k, v in (engine.stats() if hasattr(engine, "stats") else {}).items() if isinstance(v, int | float)}
             except Exception: pass  # an engine that cannot tell just now: its gauges are missing from this scrape
             for k, v in told.items(): found.setdefault(k, {})[name] = v
@@ -35,6 +36,16 @@ class EngineCollector:
             family = kind(f"aigc:{key.removesuffix('_total')}", f"{key.replace('_', ' ')}, from the engine", labels=["model_name"])
             for name, value in values.items(): family.add_metric([name], value)
             yield family
+
+# %% ../../nbs/serve/28_metrics.ipynb #746a37ba
+_NAMES = {"preemptions": "num_preemptions", "prefix_queries": "prefix_cache_queries", "prefix_hits": "prefix_cache_hits", "steps": "engine_steps", "proposed": "spec_decode_num_draft_tokens", "accepted": "spec_decode_num_accepted_tokens"}
+
+
+def _gauges(told: Mapping) -> dict[str, float]:
+    "The counters of an engine's last step under vLLM's names."
+    found = {name: told[key] for key, name in _NAMES.items() if key in told}
+    if told.get("blocks"): found["kv_cache_usage_perc"] = told.get("blocks_used", 0)/told["blocks"]
+    return found
 
 # %% ../../nbs/serve/28_metrics.ipynb #f0d222c5
 TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)

@@ -56,7 +56,7 @@ def require_keys(keys: Sequence[str], taken: socket.socket) -> None:
     if not keys and not is_loopback(taken):
         raise UsageError("other machines can reach this address, and no API key is set", place=url_of(taken), remedy=f"set {KEY_VARIABLE}, or use --host 127.0.0.1")
 
-# %% ../../nbs/serve/40_server.ipynb #81be9054
+# %% ../../nbs/serve/40_server.ipynb #c4da6c50
 def _log_config(level: str) -> dict:
     config = copy.deepcopy(LOGGING_CONFIG)
     for name in ("uvicorn", "uvicorn.error"): config["loggers"][name]["level"] = "WARNING"  # our two lines say what its start-up lines would
@@ -94,6 +94,7 @@ class Endpoint:
         for engine in self.engines:
             try:
                 while not engine.wait_loaded(5): self.tell(f"loading {engine.name}: {duration(time.monotonic() - began)}{_progress(engine)}")
+                getattr(engine, "tokenizer", None)  # looked up here, so that no request waits for it
             except Exception: return self.stop()
             if len(self.engines) > 1: self.tell(f"{engine.name} loaded after {duration(time.monotonic() - began)}")
         if not self.server.should_exit: self.tell(f"ready after {duration(time.monotonic() - began)}")
