@@ -21,7 +21,7 @@ COMMANDS = {
     "run": ("aigc.cli.run:run_app", "Run a job or a pipeline.", "Jobs"),
     "sweep": ("aigc.cli.run:sweep_app", "Run a job over a grid, a sample, or an optimizer's proposals.", "Jobs"),
     "runs": ("aigc.cli.run:runs", "Runs: list, show, compare, why, debug, html.", "Jobs"),
-    "store": ("aigc.cli.store:store_app", "Artifacts: list, show, lineage, verify, gc.", "Jobs"),
+    "store": ("aigc.cli.store:store_app", "Artifacts: list, show, lineage, verify, gc, export, import.", "Jobs"),
     "data": ("aigc.cli.data_steps:data", "Collect, clean, deduplicate, mask, split and report data.", "Stages"),
     "quantize": ("aigc.cli.quantize:quantize_command", "Make a model smaller: 4 or 8 bits a weight.", "Stages"),
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),

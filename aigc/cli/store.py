@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['store_app', 'Ref', 'Json', 'size_text', 'age_text', 'print_json', 'list_command', 'show_command', 'lineage_command',
-           'verify_command', 'gc_command']
+           'verify_command', 'gc_command', 'export_command', 'import_command']
 
 # %% ../../nbs/cli/10_store.ipynb #96bac75c
 import json
@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from ..core.bundle import export_lineage, import_lineage
 from ..core.errors import AigcError
 from ..core.store import Artifact, Store
 
 # %% ../../nbs/cli/10_store.ipynb #acbf1a9d
-store_app = typer.Typer(no_args_is_help=True, help="Artifacts: list, show, lineage, verify, gc.")
+store_app = typer.Typer(no_args_is_help=True, help="Artifacts: list, show, lineage, verify, gc, export, import.")
 Ref = Annotated[str, typer.Argument(help="kind/name, kind/name:latest or kind/name@digest")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
@@ -115,3 +116,24 @@ def gc_command(yes: Annotated[bool, typer.Option("--yes", help="really remove; w
     if as_json: return print_json([_row(a) | {"removed": yes} for a in gone])
     for a in gone: typer.echo(f"{'removed' if yes else 'would remove'} {a.ref}  {size_text(a.size)}")
     typer.echo(f"{len(gone)} artifacts, {size_text(sum(a.size for a in gone))}" + ("" if yes or not gone else "; run again with --yes to remove them"))
+
+
+@store_app.command("export")
+def export_command(ref: Ref, path: Annotated[str, typer.Argument(metavar="FILE", help="a zip file to write")], as_json: Json = False):
+    """Write an artifact and everything it was made from into one file.
+
+    Example: aigc store export model/docs-sft docs-sft.zip"""
+    made = export_lineage(Store(), ref, path)
+    if as_json: return print_json([_row(a) for a in made])
+    for a in made: typer.echo(f"{a.ref}  {size_text(a.size)}")
+    typer.echo(f"{len(made)} artifacts in {path}")
+
+
+@store_app.command("import")
+def import_command(path: Annotated[str, typer.Argument(metavar="FILE", help="a file that aigc store export wrote")], as_json: Json = False):
+    """Put the artifacts of an exported file into this store; every byte is checked.
+
+    Example: aigc store import docs-sft.zip"""
+    found = import_lineage(Store(), path)
+    if as_json: return print_json([_row(a) for a in found])
+    for a in found: typer.echo(f"{a.ref}  {size_text(a.size)}")

