@@ -513,3 +513,99 @@ def test_every_field_of_the_configuration_is_read():
             if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel): yield from walk(f.annotation)
     unread = [n for m in (GatewayConfig, ModelConfig, Upstream) for n in walk(m) if not re.search(rf"\.{n}\b", code)]
     assert not unread, unread
+
+
+def test_feedback_is_joined_to_its_request_and_to_nobody_elses(start, tmp_path):
+    from aigc.serve.feedback import as_records, read_feedback
+    g = start(feedback=str(tmp_path/"feedback.jsonl"))
+    asked = g.ask(text="Mail max@example.com about add(a, b)", stream=True)
+    request_id = asked.headers["x-request-id"]
+    def say(who="alice", **fields): return httpx.post(g.url + "/v1/feedback", json={"request_id": request_id, "rating": "down"} | fields, headers=g.headers(who))
+    eventually(lambda: say(correction="Return the sum.").status_code == 200)
+    assert say("mallory").status_code == 404 and say(request_id="req-none").status_code == 404 and say("boss").status_code == 403 and say(None).status_code == 401
+    assert say(rating="meh").status_code == 400 and say(odd=1).status_code == 400 and httpx.get(g.url + "/v1/feedback", headers=g.headers()).status_code == 405
+    pair = next(iter(as_records(read_feedback(tmp_path/"feedback.jsonl"), "preference")))
+    assert pair.chosen[0].content == "Return the sum." and pair.rejected[0].content.startswith("stub:Mail <EMAIL> about") and "max@" not in (tmp_path/"feedback.jsonl").read_text()
+    assert 'aigc:feedback_total{rating="down"} 1.0' in g.metrics()
+
+
+@pytest.fixture
+def browser():
+    import shutil
+    from conftest import missing
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium: missing("chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()
+
+
+def test_the_dashboard_in_a_browser(start, browser):
+    g = start(({"name": "<b>one</b>", "words": 4, "weight": 90}, {"name": "two", "words": 4, "weight": 10}), dashboard=True)
+    for n in range(30): g.ask(text=f"q{n}", stream=True)
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    wrong = []
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "401" not in m.text and "403" not in m.text and "favicon" not in m.text else None)
+    page.goto(g.url + "/dashboard")
+    for key, said in ((g.secrets["alice"], "not an administrator's"), ("nonsense", "not known")):
+        page.fill("#key", key)
+        page.click("button")
+        page.wait_for_function(f"document.getElementById('said').textContent.includes({json.dumps(said)})")
+    assert page.is_hidden("#all")
+    page.fill("#key", g.secrets["boss"])
+    page.click("button")
+    page.wait_for_selector(".card[data-name='requests/s']")
+    cards = {c.get_attribute("data-name"): c.query_selector("b").text_content() for c in page.query_selector_all(".card")}
+    assert cards["requests/s"] == "0.5" and cards["errors"] == "0.0 %" and cards["tokens/s"] == "2.0" and "ms" in cards["latency p50"], cards
+    rows = [r.inner_text().split("\t") for r in page.query_selector_all("#rows tr")]
+    assert len(rows) == 2 and rows[0][1] == "90.0 %" and sum(int(r[2]) for r in rows) == 30
+    before = page.inner_text("#rows")
+    g.stubs[0].kill(), g.stubs[1].kill()
+    g.ask()
+    page.wait_for_function(f"document.getElementById('rows').innerText !== {json.dumps(before)}", timeout=8000)   # it looks again by itself
+    if os.environ.get("AIGC_PICTURES"): page.screenshot(path=os.environ["AIGC_PICTURES"] + "/dashboard.png")
+    assert not wrong, wrong
+
+
+@pytest.mark.services
+def test_alert_rules_and_a_real_prometheus(start, tmp_path):
+    import shutil
+    from conftest import REPO, missing
+    for program in ("promtool", "prometheus"):
+        if not shutil.which(program): missing(program)
+    watch = REPO/"aigc"/"serve"/"watch"
+    checked = subprocess.run(["promtool", "check", "rules", watch/"alerts.yml"], capture_output=True, text=True)
+    assert checked.returncode == 0 and "SUCCESS" in checked.stdout, checked.stdout + checked.stderr
+    tested = subprocess.run(["promtool", "test", "rules", REPO/"tests"/"alerts_test.yml"], capture_output=True, text=True, cwd=REPO/"tests")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    g = start()
+    for n in range(20): g.ask(text=f"q{n}", stream=True)
+    (tmp_path/"key").write_text(g.secrets["boss"])
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    (tmp_path/"prometheus.yml").write_text(json.dumps({"global": {"scrape_interval": "500ms"}, "rule_files": [str(watch/"alerts.yml")], "scrape_configs": [
+        {"job_name": "aigc", "authorization": {"credentials_file": str(tmp_path/"key")}, "static_configs": [{"targets": [g.url.removeprefix("http://")]}]}]}))
+    process = subprocess.Popen(["prometheus", f"--config.file={tmp_path/'prometheus.yml'}", f"--storage.tsdb.path={tmp_path/'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        def ask(query):
+            try: return httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=5).json()
+            except httpx.HTTPError: return {"data": {"result": []}}
+        eventually(lambda: any(float(r["value"][1]) >= 20 for r in ask('sum(aigc:request_success_total)')["data"]["result"]), 30)
+        board = json.loads((watch/"grafana.json").read_text())
+        queries = [t["expr"].replace("$__rate_interval", "1m").replace("$model", ".*") for p in board["panels"] for t in p.get("targets", [])]
+        assert len(queries) >= 10
+        for query in queries:
+            answer = ask(query)
+            assert answer["status"] == "success", (query, answer)
+        known = set(httpx.get(f"http://127.0.0.1:{port}/api/v1/label/__name__/values").json()["data"])
+        import re
+        wanted = {name for q in [*queries, (watch/"alerts.yml").read_text()] for name in re.findall(r"aigc:\w+", q)}
+        families = {line.split()[2] for line in g.metrics().splitlines() if line.startswith("# TYPE")}
+        assert not {n for n in wanted if n not in known and re.sub(r"_(bucket|sum|count|total)$", "", n) not in families and n not in families}
+        rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
+        assert sum(len(x["rules"]) for x in rules) >= 9 and all(r["health"] != "err" for x in rules for r in x["rules"])
+    finally:
+        process.terminate()
+        process.wait(10)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.errors import AigcError, UsageError
 from .cache import CacheConfig
+from .guard import GuardConfig
 from .limits import QueueConfig
 from .routing import BreakerConfig
 from .telemetry import LogConfig
@@ -64,6 +65,8 @@ class GatewayConfig(Config):
     keys: str = Field(description="the file of API keys, made by `aigc gateway key`")
     redis: str = Field("", description="redis://… where replicas share limits; empty: each counts for itself")
     follow_seconds: float = Field(5, gt=0, description="how often the ledgers of followed releases are read")
+    feedback: str = Field("", description="the file in which /v1/feedback keeps what users say; empty: the route does not exist")
+    dashboard: bool = Field(False, description="serve the dashboard page at /dashboard (its figures need the admin key)")
     answer_tokens: int = Field(1024, ge=1, description="charged in advance for a request that names no limit")
     timeouts: Timeouts = Field(default_factory=Timeouts)
     queue: QueueConfig = Field(default_factory=QueueConfig)
@@ -71,6 +74,7 @@ class GatewayConfig(Config):
     breaker: BreakerConfig = Field(default_factory=BreakerConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    guards: GuardConfig = Field(default_factory=GuardConfig)
 
 # %% ../../nbs/serve/67_config.ipynb #ffc10e05
 def _known_fields(location: tuple) -> list[str]:
@@ -101,7 +105,7 @@ def load_config(path: str | Path) -> GatewayConfig:
     except OSError as e: raise UsageError(f"it cannot be read ({e.strerror})", place=str(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise UsageError(f"it is not YAML ({str(e).splitlines()[0]})", place=str(path)) from None
     config = parse_config(values if isinstance(values, dict) else {}, str(path))
-    for holder, name in ((config, "keys"), (config.log, "file")):
+    for holder, name in ((config, "keys"), (config.log, "file"), (config, "feedback")):
         value = getattr(holder, name)
         if value and not value.startswith("/dev/"): setattr(holder, name, str(path.resolve().parent/Path(value).expanduser()))
     return config

@@ -15,11 +15,14 @@ from fastcore.basics import patch
 
 from .cache import AnswerCache, is_determined, request_key
 from .config import GatewayConfig, upstream_key
+from .dashboard import dashboard_handler
+from .feedback import FeedbackBook, feedback_handler
+from .guard import Answering, Blocked, Guards
 from .keys import Key, KeyRing
 from .limits import KeyLimits, LocalCounters, Queue
 from .routing import BackendError, HttpBackend, Reply, Route, Variant
 from .telemetry import Metrics, RequestLog
-from .wire import (Gone, Refusal, check_bounds, data_of, estimate_tokens, events_of, finishes, header, parse_body, prompt_text, read_body, send_json, text_of, usage_of, write_event)
+from .wire import (Gone, Refusal, check_bounds, data_of, estimate_tokens, events_of, finishes, header, parse_body, prompt_text, read_body, send_json, slots, text_of, usage_of, write_event)
 
 log = logging.getLogger("aigc.serve")
 
@@ -42,6 +45,8 @@ class Call:
     most_tokens: int
     wants_usage: bool = True
     sent: dict = field(default_factory=dict)   # the body as back ends get it
+    answering: Answering | None = None         # the guards of its answer
+    reasons: list[str] = field(default_factory=list)   # what the guards decided
     outcome: "Outcome" = field(default_factory=lambda: Outcome())
 
     @property
@@ -84,10 +89,14 @@ class Gateway:
         self.counters = counters or LocalCounters()
         self.limits, self.cache = KeyLimits(self.counters), AnswerCache(config.cache)
         self.log = RequestLog(config.log, self.metrics.log_dropped.inc)
+        self.guards = Guards(config.guards, lambda *labels: self.metrics.guard.labels(*labels).inc())
         self.routes = {name: Route(name, [], m.sticky) for name, m in config.models.items()}
         self.queues = {name: Queue(config.queue, lambda reason: self.metrics.refused.labels(reason).inc()) for name in config.models}
         self.draining, self.in_flight, self._salt, self.recent, self._tasks, self.salted = False, 0, secrets.token_bytes(16), deque(maxlen=50_000), set(), set()
-        self.handlers: dict[tuple[str, str], Callable] = {}
+        self.handlers: dict[tuple[str, str], tuple[str | None, Callable]] = {}   # more routes: their scope, and what answers
+        self.book = FeedbackBook(config.feedback) if config.feedback else None
+        if self.book: self.handlers["POST", "/v1/feedback"] = ("feedback", feedback_handler(self, self.book))
+        if config.dashboard: self.handlers["GET", "/dashboard"] = (None, dashboard_handler())
         for name, m in config.models.items(): self.routes[name].variants = [self._upstream(name, u) for u in m.upstreams]
 
     def _upstream(self, name: str, u) -> Variant:
@@ -140,7 +149,7 @@ async def _lifespan(self: Gateway, receive, send):
 async def _serve(self: Gateway, scope, receive, send, request_id: str) -> None:
     method, path = scope["method"], scope["path"]
     known = (method, path) in ROUTES or (method, path) in self.handlers or method == "GET" and path.startswith("/v1/models/")
-    scope_wanted = ROUTES.get((method, path), self.handlers.get((method, path), ("inference",))[0]) if known else "inference"
+    scope_wanted = self.handlers[method, path][0] if (method, path) in self.handlers else ROUTES.get((method, path), "inference")
     if known and scope_wanted is None: return await self._open_route(path, scope, receive, send)
     key = self.keys().find(scope["headers"])
     if key is None: raise Refusal(401, "no valid API key was sent; send it as 'Authorization: Bearer KEY'", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -217,6 +226,7 @@ async def _call(self: Gateway, scope, receive, key: Key, request_id: str, began:
     prompt, answer = estimate_tokens(body, len(raw), self.config.answer_tokens)
     call = Call(request_id, key, scope["path"], body, began, asyncio.get_running_loop().time() + seconds, prompt, prompt + answer)
     call.sent = {k: v for k, v in body.items() if k != "user"}  # it has done its work here: back ends need not know people
+    call.sent, call.answering, call.reasons = self.guards.incoming(call.sent)
     if call.streams and call.path in ("/v1/chat/completions", "/v1/completions"):
         options = body.get("stream_options") or {}
         call.wants_usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -304,6 +314,7 @@ async def _attempts(self: Gateway, call: Call, route: Route, outcome: Outcome) -
 @patch
 async def _attempt(self: Gateway, call: Call, variant: Variant, outcome: Outcome) -> AsyncIterator[bytes]:
     "One back end's answer. Raises `BackendError` or `TimeoutError` only before it yields anything."
+    call.answering.flows.clear()   # what an attempt before this one held back is not this one's
     body = call.sent | {"model": variant.backend.model or call.model}
     if variant.backend in self.salted: body["cache_salt"] = self._salt_of(call.key)
     first_by = min(call.deadline, asyncio.get_running_loop().time() + self.config.timeouts.first_token)
@@ -345,6 +356,8 @@ async def _whole(self: Gateway, call: Call, reply: Reply, outcome: Outcome) -> A
     try: body = json.loads(raw)
     except ValueError: raise BackendError("the answer is not JSON") from None
     if not isinstance(body, dict) or "error" in body and body["error"]: raise BackendError("the answer is an error")
+    try: call.answering.whole(body)
+    except Blocked: self._blank(body)
     outcome.usage, outcome.finish = usage_of(body), finishes(body) or "stop"
     if text := text_of(body): outcome.saw(text)
     if "model" in body: body["model"] = call.model
@@ -360,7 +373,10 @@ async def _events(self: Gateway, call: Call, reply: Reply, outcome: Outcome, fir
             try:
                 async with asyncio.timeout_at(call.deadline if begun else first_by): event = await anext(source)
             except StopAsyncIteration: break
-            piece, kind = self._event(call, event, outcome)
+            try: piece, kind = self._event(call, event, outcome)
+            except Blocked:
+                for p in [*(held if not begun else []), *self._stopped(call, outcome)]: yield p
+                return
             ended = ended or kind in ("finish", "done")
             if kind == "error": raise BackendError("it sent an error event")
             if not begun: held += [piece] if piece else []
@@ -409,11 +425,39 @@ def _event(self: Gateway, call: Call, event: bytes, outcome: Outcome) -> tuple[b
         if not body.get("choices"): return b"", "other"
         del body["usage"]; changed = True
     if "model" in body and body["model"] != call.model: body["model"] = call.model; changed = True
+    early = b""
+    if self.guards.looks_out:
+        came = text_of(body)
+        if rest := call.answering.event(body): early = _extra(body, rest)
+        if came and not text_of(body) and not finishes(body) and body.get("choices"): return b"", "other"   # held back for now
+        changed = changed or bool(came) or bool(finishes(body))
     text, finish = text_of(body), finishes(body)
     if text and (gap := outcome.saw(text)) is not None: self.metrics.itl.labels(call.model, outcome.variant).observe(gap)
     if finish: outcome.finish = finish
     name = event.split(b"\n", 1)[0][6:].strip().decode() if event.startswith(b"event:") else ""
-    return (write_event(body, name) if changed else event + b"\n\n"), "finish" if finish or body.get("type") == "message_stop" else "text" if text else "other"
+    return early + (write_event(body, name) if changed else event + b"\n\n"), "finish" if finish or body.get("type") == "message_stop" else "text" if text else "other"
+
+# %% ../../nbs/serve/70_gateway.ipynb #ab727f9f
+def _extra(body: dict, text: str) -> bytes:
+    "Text that was held back, in an event before the one that ends its block (Messages, Responses)."
+    if body["type"] == "content_block_stop": return write_event({"type": "content_block_delta", "index": body.get("index", 0), "delta": {"type": "text_delta", "text": text}}, "content_block_delta")
+    return write_event({"type": "response.output_text.delta", **{k: body[k] for k in ("item_id", "output_index", "content_index") if k in body}, "delta": text}, "response.output_text.delta")
+
+
+@patch
+def _blank(self: Gateway, body: dict) -> None:
+    for holder, name, _ in slots(body): holder[name] = ""
+    for choice in body.get("choices") or []: choice["finish_reason"] = "content_filter"
+    if "stop_reason" in body: body["stop_reason"] = "refusal"
+
+
+@patch
+def _stopped(self: Gateway, call: Call, outcome: Outcome) -> list[bytes]:
+    outcome.finish = "content_filter"
+    if call.path == "/v1/messages": return [write_event({"type": "message_delta", "delta": {"stop_reason": "refusal"}, "usage": {"output_tokens": outcome.pieces}}, "message_delta"), write_event({"type": "message_stop"}, "message_stop")]
+    if call.path == "/v1/responses": return self._broken(call, False)
+    choice = {"index": 0, "finish_reason": "content_filter"} | ({"text": ""} if call.path == "/v1/completions" else {"delta": {}})
+    return [write_event({"id": call.id, "object": "text_completion" if call.path == "/v1/completions" else "chat.completion.chunk", "created": int(time.time()), "model": call.model, "choices": [choice]}), write_event("[DONE]")]
 
 # %% ../../nbs/serve/70_gateway.ipynb #25508fee
 @patch
@@ -461,7 +505,9 @@ def _note(self: Gateway, call: Call, status: int, error: str) -> None:
     elif status == 429: m.refused.labels(error).inc()
     m.prompt_tokens.labels(*labels).inc(prompt); m.generation_tokens.labels(*labels).inc(answer)
     self.recent.append((now, outcome.variant, status, max(0.0, outcome.first - call.began) if outcome.first else None, now - call.began, answer))
-    self.log.write(request_id=call.id, key=call.key.id, path=call.path, model=call.model, release=outcome.variant, status=status, error=error, finish=outcome.finish, latency=round(now - call.began, 4),
+    if ok: call.answering.ended("".join(outcome.text))
+    if ok and self.book: self.book.remember(call.id, call.key.owner, outcome.variant, call.body, "".join(outcome.text))
+    self.log.write(request_id=call.id, guards=[*call.reasons, *call.answering.reasons], key=call.key.id, path=call.path, model=call.model, release=outcome.variant, status=status, error=error, finish=outcome.finish, latency=round(now - call.began, 4),
                    ttft=round(outcome.first - call.began, 4) if outcome.first else None, queued=round(outcome.queued, 4), prompt_tokens=prompt, completion_tokens=answer, prompt=prompt_text(call.body) if self.config.log.privacy != "off" else "", response="".join(outcome.text))
 
 
