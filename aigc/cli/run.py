@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVERY_SECONDS', 'SHOWN_ROWS', 'run_app', 'sweep_app', 'runs', 'RunName', 'Json', 'console', 'progress_line',
            'Reporter', 'run_command', 'sweep_command', 'list_command', 'show_command', 'html_command',
-           'compare_command', 'why_command']
+           'compare_command', 'why_command', 'debug_command']
 
 # %% ../../nbs/cli/30_run.ipynb #de684878
 import json, re, sys
@@ -22,6 +22,7 @@ from .store import age_text, print_json
 from ..core.errors import UsageError, unknown
 from ..core.progress import duration
 from ..core.store import Store
+from ..run.debug import debug_notebook
 from ..run.jobs import Job, find_job, find_pipeline, list_jobs, list_pipelines, short_name
 from ..run.page import write_page
 from ..run.parameters import describe_parameter, parse_value, read_parameters, split_setting
@@ -236,10 +237,10 @@ def run_command(
 
 def _run_elsewhere(executor: str, target: str, settings: list[str], store: Store, force: bool, timeout: float | None, slots: int, as_json: bool) -> int:
     "A job or a pipeline on another executor; the records are the same."
-    from aigc.run.executors import executor_of, run_pipeline_on
+    from aigc.run.executors import executor_of
     where = executor_of(executor)
     with Reporter() as reporter:
-        if find_pipeline(target): records = run_pipeline_on(where, apply_settings(load_pipeline(target), settings), store=store, force=force, timeout=timeout, slots=slots, say=reporter.say)
+        if find_pipeline(target): records = run_pipeline(load_pipeline(target), settings, store=store, force=force, timeout=timeout, slots=slots, executor=where, say=reporter.say)
         else:
             job = find_job(target)
             records = [Result(job.short, where.run(job, _told(job, settings), store=store, force=force, timeout=timeout, say=reporter.say))]
@@ -375,3 +376,16 @@ def why_command(run: RunName, as_json: Json = False):
     for change in answer.changes:
         out.print(Text(f"\n{change.part}: {change.name}", style="bold"))
         for line in change.how.splitlines(): out.print(Text(line, style="green" if line.startswith("+") else "red" if line.startswith("-") else "dim" if line.startswith("@@") else ""))
+
+
+@runs.command("debug")
+def debug_command(run: RunName, open_it: Annotated[bool, typer.Option("--open", help="open it in JupyterLab")] = False):
+    """Write a notebook that re-executes a run up to the cell that failed, with its parameters, and print its path.
+
+    Example: aigc runs debug last"""
+    record, folder = find_run(run)
+    path = debug_notebook(record, folder)
+    typer.echo(path)
+    if open_it:
+        from aigc.cli.demo import lab_command
+        lab_command(folder=path.parent, port=8888, browser=True)

@@ -175,11 +175,12 @@ class Result(NamedTuple):
 
 
 def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None, memory: int | None = None,
-                 slots: int = 1, begin: str = "", until: str = "", watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
+                 slots: int = 1, begin: str = "", until: str = "", executor: Any = None, watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
     """Run all jobs of a pipeline and return their results in order; a failed job is a result, not an exception, and stops only the jobs that need it.
 
     `settings` are texts such as `model=tiny` and `sft.lr=1e-4`; `timeout` (seconds) and `memory` (bytes) hold for each job. Jobs that do not need each other run side by side in `slots`.
-    `begin` runs this job and all that need it anew, on what the jobs before it made last; `until` ends with this job and what it needs."""
+    `begin` runs this job and all that need it anew, on what the jobs before it made last; `until` ends with this job and what it needs.
+    `executor` (see `aigc.run.executors`) runs the jobs elsewhere."""
     pipeline = apply_settings(pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline), settings or [])
     store = store or Store()
     chosen, again = select_jobs(pipeline, begin, until)
@@ -188,9 +189,9 @@ def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = N
     for name in [n for n in waiting if n in outputs]: waiting.remove(name); results[name] = Result(name, last_made(pipeline, name, store), pipeline.jobs[name].budget)
 
     def act(name):
-        return lambda environment: _run_step(pipeline, name, outputs, store, force or name in again, timeout, memory, environment, stopping, watch, say)
+        return lambda environment: _run_step(pipeline, name, outputs, store, force or name in again, timeout, memory, environment, stopping, watch, say, executor)
 
-    with warm_running() if len(waiting) > 1 else contextlib.nullcontext(), stopping.listening() if slots > 1 else contextlib.nullcontext(), Pool(slots) as pool:
+    with warm_running() if len(waiting) > 1 and executor is None else contextlib.nullcontext(), stopping.listening() if slots > 1 else contextlib.nullcontext(), Pool(slots) as pool:
         while waiting or pool.running:
             if stopping.times: waiting = _give_up(pipeline, waiting, results, "the pipeline was stopped")
             for name in list(waiting):
@@ -257,10 +258,11 @@ def _told(pipeline: Pipeline, name: str, outputs: dict[str, dict[str, str]]) -> 
     return fill(pipeline.jobs[name].set, look_up)
 
 
-def _run_step(pipeline, name, outputs, store, force, timeout, memory, environment, stopping, watch, say) -> RunRecord:
+def _run_step(pipeline, name, outputs, store, force, timeout, memory, environment, stopping, watch, say, executor) -> RunRecord:
     say(f"{name}: started")
-    return run_job(pipeline.job_of(name), _told(pipeline, name, outputs), store=store, force=force, timeout=timeout, memory=memory, environment=environment,
-                   pipeline=f"{pipeline.name}/{name}", watch=watch, say=say, stopping=stopping)
+    what = dict(store=store, force=force, timeout=timeout, memory=memory, pipeline=f"{pipeline.name}/{name}", say=say, stopping=stopping)
+    if executor is not None: return executor.run(pipeline.job_of(name), _told(pipeline, name, outputs), **what)
+    return run_job(pipeline.job_of(name), _told(pipeline, name, outputs), environment=environment, watch=watch, **what)
 
 # %% ../../nbs/run/90_pipeline.ipynb #d2655a83
 def plan_pipeline(pipeline: Pipeline, store: Store | None = None, force: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
