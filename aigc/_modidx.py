@@ -1929,6 +1929,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'aigc/serve/modal_config.py'),
                                          'aigc.serve.modal_config._carried': ( 'serve/modal_config.html#_carried',
                                                                                'aigc/serve/modal_config.py'),
+                                         'aigc.serve.modal_config._needed': ( 'serve/modal_config.html#_needed',
+                                                                              'aigc/serve/modal_config.py'),
                                          'aigc.serve.modal_config.build_wheel': ( 'serve/modal_config.html#build_wheel',
                                                                                   'aigc/serve/modal_config.py'),
                                          'aigc.serve.modal_config.describe': ( 'serve/modal_config.html#describe',

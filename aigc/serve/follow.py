@@ -72,6 +72,7 @@ async def _sync(self: Follower, name: str) -> list[str]:
             log.error("%s cannot be loaded, what was served goes on: %s", id, e)
             continue
         backend.breaker.config = self.gateway.config.breaker
+        self.gateway.salted.add(backend)   # tenants share no computed prompts
         await self.warm(backend)
         here[id] = Variant(backend, 0.0, release=id)
         changes.append(f"{id} is ready after {time.monotonic() - began:.1f} s")

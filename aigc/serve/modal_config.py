@@ -61,14 +61,24 @@ def load_config(path: str | Path = "modal.yaml") -> ModalConfig:
 
 # %% ../../nbs/serve/49_modal_config.ipynb #c737bbed
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "gguf", "fastapi", "uvicorn", "httpx", "aiohttp", "prometheus-client", "pydantic", "typer", "rich", "fsspec", "numpy", "fastcore", "tqdm",
-            "pyyaml", "openai", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "matplotlib", "psutil", "rensa", "packaging", "modal")
+            "pyyaml", "openai", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "matplotlib", "psutil", "rensa", "packaging", "msgpack", "llguidance", "jinja2", "modal")
 OWN = "aigc-notebooks"
+
+
+def _needed() -> list[str]:
+    "The packages of the image: the list above, and what our own metadata requires for serving and measuring."
+    from packaging.requirements import Requirement
+    found = dict.fromkeys(PACKAGES)
+    for line in importlib.metadata.requires(OWN) or []:
+        r = Requirement(line)
+        if r.name != OWN and (r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", "models", "serve", "eval", "kernels", "modal"))): found.setdefault(r.name.lower())
+    return [n for n in found if n != "prometheus_client"]
 
 
 def pins() -> list[str]:
     "`name==version` of what the image needs, as installed here."
     found = []
-    for name in PACKAGES:
+    for name in _needed():
         try: found.append(f"{name}=={importlib.metadata.version(name).split('+')[0]}")
         except importlib.metadata.PackageNotFoundError: pass  # triton on a machine without it, say
     return found

@@ -121,10 +121,11 @@ class AppBackend(Backend):
         self.app, self.key, self.stop = app, key, stop
 
     async def open(self, path: str, body: dict, request_id: str) -> Reply:
-        raw = json.dumps(body, ensure_ascii=False).encode()
+        salt = body.get("cache_salt", "")   # an application is told beside the body, where no client can write
+        raw = json.dumps({k: v for k, v in body.items() if k != "cache_salt"}, ensure_ascii=False).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), (b"x-request-id", request_id.encode()), (b"host", b"gateway"), *([(b"authorization", f"Bearer {self.key}".encode())] if self.key else [])]
         scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "",
-                 "query_string": b"", "headers": headers, "client": ("127.0.0.1", 0), "server": ("gateway", 80), "state": {}}
+                 "query_string": b"", "headers": headers, "client": ("127.0.0.1", 0), "server": ("gateway", 80), "state": {"cache_salt": salt}}
         said, gone, sent = asyncio.Queue(maxsize=64), asyncio.Event(), False
 
         async def receive():
