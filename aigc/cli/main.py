@@ -17,7 +17,7 @@ from ..core.errors import AigcError
 COMMANDS = {
     "demo": ("aigc.cli.demo:demo_command", "From source code on this machine to a served model, in one go.", "Start here"),
     "doctor": ("aigc.cli.doctor:doctor_command", "What this machine has, what is missing, and the command that mends it.", "Start here"),
-    "lab": ("aigc.cli.demo:lab_command", "JupyterLab on the notebooks.", "Start here"),
+    "lab": ("aigc.cli.lab:lab_command", "JupyterLab on the notebooks.", "Start here"),
     "run": ("aigc.cli.run:run_app", "Run a job or a pipeline.", "Jobs"),
     "sweep": ("aigc.cli.run:sweep_app", "Run a job over a grid, a sample, or an optimizer's proposals.", "Jobs"),
     "runs": ("aigc.cli.run:runs", "Runs: list, show, compare, why, debug, html.", "Jobs"),

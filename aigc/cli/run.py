@@ -387,5 +387,5 @@ def debug_command(run: RunName, open_it: Annotated[bool, typer.Option("--open", 
     path = debug_notebook(record, folder)
     typer.echo(path)
     if open_it:
-        from aigc.cli.demo import lab_command
-        lab_command(folder=path.parent, port=8888, browser=True)
+        from aigc.cli.lab import lab_command
+        lab_command(folder=path, port=8888, browser=True, job="", notebook="")
