@@ -119,7 +119,7 @@ def _checked(make):
         named = next((f for f in ("min_tokens", "max_tokens", "logprobs", "tools") if f in text), None)
         raise ApiError(400, text, param=named, code="invalid_value") from None
 
-# %% ../../nbs/serve/26_answering.ipynb #2ca7d3bc
+# %% ../../nbs/serve/26_answering.ipynb #8d9bd4fa
 class ChatAnswer:
     "One chat request on its way: deltas for a stream, or the whole answer."
     kind, whole_kind = "chat.completion.chunk", "chat.completion"
@@ -127,7 +127,7 @@ class ChatAnswer:
     def __init__(self, engine: Engine, asked: ChatRequest, requests: Sequence[Request], id: str, on_chunk=lambda chunk, i: None):
         self.asked, self.id, self.created, self.on_chunk = asked, id, int(time.time()), on_chunk
         self.texts = texts_of(engine) if asked.logprobs else None
-        names = [t["function"]["name"] for t in asked.offered]
+        names = [t.function.name for t in asked.tools or []] if asked.tool_choice != "none" else []
         most = 1 if asked.parallel_tool_calls is False else 128
         self.parsers = [ToolParser(names, bare=forced(asked), most=most) if names else None for _ in requests]
         self.calls = [0]*len(requests)

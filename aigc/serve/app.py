@@ -7,9 +7,10 @@ __all__ = ['log', 'OPEN', 'BODY_SECONDS', 'LARGE', 'error_response', 'KeyGuard',
            'EventStream', 'Served', 'off_loop', 'answer', 'tokenize', 'detokenize', 'tokenizer_info', 'embeddings',
            'create_app', 'describe']
 
-# %% ../../nbs/serve/30_app.ipynb #39322be4
+# %% ../../nbs/serve/30_app.ipynb #ae1345c6
 import asyncio, base64, hashlib, hmac, logging, struct, time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -144,13 +145,16 @@ class Served:
         if not bad: return JSONResponse({"status": "ok" if what == "healthy" else "ready"})
         return JSONResponse({"status": bad[0].reason or f"not {what}"}, 503, headers={"Retry-After": "2"})
 
-# %% ../../nbs/serve/30_app.ipynb #ebf2d879
+# %% ../../nbs/serve/30_app.ipynb #7c560d0e
 LARGE = 16384  # bytes; parsing less takes well under a millisecond
 
 
+_parser = ThreadPoolExecutor(1, "parser")  # one: several threads at Python's lock would keep the loop from it
+
+
 async def off_loop(size: int, work, *arguments):
-    "`work(*arguments)`, in a thread when `size` bytes are many."
-    return await asyncio.to_thread(work, *arguments) if size > LARGE else work(*arguments)
+    "`work(*arguments)`, in the parser's thread when `size` bytes are many."
+    return await asyncio.get_running_loop().run_in_executor(_parser, work, *arguments) if size > LARGE else work(*arguments)
 
 
 async def answer(http: HttpRequest, served: Served, metrics: Metrics, kind: type[BaseModel], default_tokens: int, max_body: int) -> Response:

@@ -213,7 +213,7 @@ document.addEventListener("DOMContentLoaded", () => {
   $("question").onkeydown = e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) ask(e); };
   $("fresh").onclick = () => { running.forEach(s => s.abort()); columns.forEach(c => c.clear()); $("question").focus(); };
   $("language").onclick = () => { language = language === "en" ? "zh" : "en"; store.set("language", language); translate(); };
-  $("more").onclick = () => { const open = $("settings").hidden; $("settings").hidden = !open; $("more").setAttribute("aria-expanded", open); };
+  $("more").onclick = () => { const open = $("settings").hidden; $("settings").hidden = !open; document.body.classList.toggle("set", open); $("more").setAttribute("aria-expanded", open); };
   $("compare").onclick = () => { $("compare").setAttribute("aria-pressed", $("compare").getAttribute("aria-pressed") !== "true"); columns = []; layout(); };
   document.addEventListener("pointerdown", e => { if (!e.target.classList.contains("token")) $("alternatives").hidden = true; });
   translate(); look(); $("question").focus();
