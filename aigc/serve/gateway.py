@@ -504,7 +504,7 @@ def _note(self: Gateway, call: Call, status: int, error: str) -> None:
         if outcome.first: m.ttft.labels(*labels).observe(max(0.0, outcome.first - call.began))
     elif status == 429: m.refused.labels(error).inc()
     m.prompt_tokens.labels(*labels).inc(prompt); m.generation_tokens.labels(*labels).inc(answer)
-    self.recent.append((now, outcome.variant, status, max(0.0, outcome.first - call.began) if outcome.first else None, now - call.began, answer))
+    self.recent.append((now, f"{call.model} · {outcome.variant}" if outcome.variant else "", status, max(0.0, outcome.first - call.began) if outcome.first else None, now - call.began, answer))
     if ok: call.answering.ended("".join(outcome.text))
     if ok and self.book: self.book.remember(call.id, call.key.owner, outcome.variant, call.body, "".join(outcome.text))
     self.log.write(request_id=call.id, guards=[*call.reasons, *call.answering.reasons], key=call.key.id, path=call.path, model=call.model, release=outcome.variant, status=status, error=error, finish=outcome.finish, latency=round(now - call.began, 4),

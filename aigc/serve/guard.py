@@ -103,8 +103,8 @@ _SIGNS = [(re.compile(pattern, re.IGNORECASE | re.DOTALL), weight, name) for nam
 
 
 def injection_score(text: str) -> tuple[float, list[str]]:
-    "How much the text smells of prompt injection (0 to 1), and of which signs. Looks at the first and last 20,000 characters."
-    if len(text) > 40_000: text = text[:20_000] + "\n" + text[-20_000:]
+    "How much the text smells of prompt injection (0 to 1), and of which signs. Looks at the first and last 4,000 characters: it runs in the event loop."
+    if len(text) > 8000: text = text[:4000] + "\n" + text[-4000:]
     rest, names = 1.0, []
     for pattern, weight, name in _SIGNS:
         if pattern.search(text): rest *= 1 - weight; names.append(name)

@@ -114,7 +114,8 @@ def see_out(gateway) -> None:
     end = time.monotonic() + gateway.config.timeouts.drain
     while gateway.in_flight and time.monotonic() < end: time.sleep(0.05)
     for route in gateway.routes.values():
-        for v in route.variants: v.backend.stop()
+        for v in route.variants:
+            if getattr(v.backend, "stop", None): v.backend.stop()
 
 # %% ../../nbs/serve/50_modal_app.ipynb #f732d643
 @app.function(image=image, volumes={STORE: volume}, timeout=900)
