@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..core.errors import AigcError, UsageError, nearest
+from ..core.errors import UsageError
+from .native import library, native_bf16, native_w4, native_w8
 
 # %% ../../nbs/serve/23_model_runner.ipynb #07d75f27
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -147,6 +148,7 @@ AttentionInterface.register("aigc_paged", _aigc_paged)
 
 # %% ../../nbs/serve/23_model_runner.ipynb #a2e3f20c
 def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if native := native_bf16(weight, bias): return native
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8), torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")
@@ -164,6 +166,8 @@ def projection(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     parts, bits, group = [m.quant_tensor() for m in layers], layers[0].bits, layers[0].group_size
     q, scales = torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts])
     zeros = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts])
+    native = native_w4(q, scales, zeros, group) if bits == 4 else native_w8(q.to(torch.int16) - 128, scales) if scales.shape[1] == 1 and zeros is None else None
+    if native: return native if bias is None else lambda x: native(x) + bias
     weight, scales = w4_layout(q, scales, zeros, group) if bits == 4 else w8_layout(q, scales, zeros)
     if weight.is_floating_point(): return _dense(weight, bias)
     if weight.device.type == "cpu":  # past the custom operator, whose call alone costs ten microseconds
@@ -178,6 +182,7 @@ def int8_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     "The product with a vocabulary's weight `[V, K]` in 8 bits, a scale per row: half the bytes of bf16. CPU only."
     scales = weight.float().abs().amax(-1).clamp(min=1e-8)/127
     q = (weight.float()/scales[:, None]).round().to(torch.int8)
+    if native := native_w8(q, scales): return native
     scales, product = scales.to(torch.bfloat16), torch.ops.aten._weight_int8pack_mm.default
     return lambda x: product(x.to(torch.bfloat16), q, scales)
 
