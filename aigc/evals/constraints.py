@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..core.errors import AigcError, unknown
-from .scores import words
 
 # %% ../../nbs/evals/15_constraints.ipynb #b56e3542
 CONSTRAINTS: dict[str, Callable[..., bool]] = {}

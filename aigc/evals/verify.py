@@ -245,10 +245,12 @@ class Code(Verifier):
     "The answer's Python passes the reference, which is a test program appended to it. Runs in the sandbox, or raises."
     kind: Literal["code"] = "code"
     seconds: float = Field(5.0, gt=0, le=120)
+    completes: bool = False  # the reference is `start NUL test`: the answer goes on where `start` ends (HumanEval)
 
     def _check(self, answer, reference):
         from aigc.evals.sandbox import run_python
-        found = run_python(f"{read_code(answer)}\n\n{_needed(reference, self.kind)}", seconds=self.seconds)
+        start, _, test = str(_needed(reference, self.kind)).partition("\0") if self.completes else ("", "", str(_needed(reference, self.kind)))
+        found = run_python(f"{start}{answer if self.completes else read_code(answer)}\n\n{test}", seconds=self.seconds)
         last = (found.error.strip().splitlines() or [""])[-1]
         return Verdict(float(found.passed), "", "" if found.passed else f"{found.reason}: {last}"[:300])
 
