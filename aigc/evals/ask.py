@@ -284,6 +284,7 @@ def _choose(asked: Asked, todo: list[tuple[Item, int]]):
 
 def _read(asked: Asked, todo: list[tuple[Item, int]]):
     tokenizer, generator = asked.generator.tokenizer, asked.generator
+    todo = sorted(todo, key=lambda x: -len(x[0].text))  # texts of one length together: little padding
     for n in track(range(0, len(todo), asked.batch_size), f"{asked.task.name}: texts"):
         start, batch = time.perf_counter(), [i for i, _ in todo[n:n + asked.batch_size]]
         windows = [text_windows(tokenizer(i.text, add_special_tokens=False)["input_ids"], _first_token(tokenizer), generator.context - 1) for i in batch]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['write_harness_task', 'run_harness', 'harness_scores', 'harness_results']
 
-# %% ../../nbs/evals/19_harness.ipynb #08e6557a
-import json, os, tempfile
+# %% ../../nbs/evals/19_harness.ipynb #e3127d58
+import json, os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
