@@ -6,13 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import missing
 
 from aigc.core.errors import AigcError
 from aigc.core.store import Store
-from aigc.evals.suites import Task, make_items, make_task, ready
+from aigc.evals.suites import Task, make_items, ready
 
 
 def mean(results, metric): return sum(r.scores[metric] * r.weight for r in results) / sum(r.weight for r in results)

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['model_digest', 'run_suite', 'save_run', 'Entry', 'leaderboard', 'leaderboard_markdown']
 
-# %% ../../nbs/evals/22_board.ipynb #7fd07806
-import hashlib, html
+# %% ../../nbs/evals/22_board.ipynb #91b59754
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from ..core.errors import AigcError, UsageError
-from ..core.settings import settings
 from ..core.store import Store, content_digest, describe, is_ref
 from .ask import ResponseCache, ask_task, identity_of
 from .measure import conditions, weight_bytes

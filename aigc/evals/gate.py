@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Rule', 'Policy', 'read_policy', 'Finding', 'GateVerdict', 'judge_run', 'results_digest', 'check_verdict']
 
-# %% ../../nbs/evals/21_gate.ipynb #f10eaf85
-import hashlib, json
+# %% ../../nbs/evals/21_gate.ipynb #5c1f7563
+import hashlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal

@@ -25,7 +25,7 @@ from .plot import STYLE, Panel, dot_plot
 from .power import detectable
 from .report import _CSS, _PAGE, _bytes
 from .significance import Comparison, compare_scores, holm
-from .statistics import Interval, paired_bootstrap, ratio_bootstrap
+from .statistics import Interval, ratio_bootstrap
 
 # %% ../../nbs/evals/20_verdict.ipynb #590847c7
 LESS = ("bits_per_byte", "perplexity", "nll")  # metrics of which less is better
@@ -203,10 +203,10 @@ def _could_show(a: Against) -> float:
 _MORE = """.aigc .verdict{font-size:17px;line-height:1.45;padding:18px 22px;margin:18px 0 26px;border-radius:12px;background:var(--card);border:1px solid var(--line)}.aigc .verdict p{margin:6px 0}
 .aigc .pill{display:inline-block;font-size:12px;font-weight:600;padding:1px 9px;border-radius:99px;margin-right:8px;border:1px solid currentColor;vertical-align:2px}
 .aigc details{border:1px solid var(--line);border-radius:10px;margin:10px 0;overflow:hidden}.aigc summary{cursor:pointer;padding:9px 14px;background:var(--card);display:flex;gap:12px;align-items:baseline}.aigc summary span:last-child{margin-left:auto;font-variant-numeric:tabular-nums}
-.aigc .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:1px;background:var(--line)}.aigc .pair>div{background:Canvas;padding:10px 14px;overflow-wrap:anywhere;white-space:pre-wrap;max-height:22em;overflow:auto}
+.aigc .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));}.aigc .pair>div{border-right:1px solid var(--line);border-top:1px solid var(--line);margin-top:-1px;padding:10px 14px;overflow-wrap:anywhere;white-space:pre-wrap;max-height:22em;overflow:auto}
 .aigc .ask{padding:10px 14px;white-space:pre-wrap;overflow-wrap:anywhere;max-height:14em;overflow:auto;border-bottom:1px solid var(--line)}.aigc .pair small{margin-bottom:4px}
-.aigc mark{background:color-mix(in srgb,#3b82c4 26%,transparent);color:inherit;border-radius:3px;padding:0 1px}.aigc .picture{overflow-x:auto}
-@media(prefers-color-scheme:dark){.aigc .pair>div{background:#14171b}}@media(max-width:600px){main.aigc{padding:24px 14px 60px}.aigc h1{font-size:22px}.aigc .verdict{font-size:15.5px;padding:13px 15px}.aigc dl.how{grid-template-columns:1fr}.aigc dl.how dd{margin-bottom:6px}}"""
+.aigc mark{background:color-mix(in srgb,#3b82c4 26%,transparent);color:inherit;border-radius:3px;padding:0 1px}.aigc .pictures{display:flex;flex-wrap:wrap;gap:4px 28px;margin:8px 0}.aigc .pictures svg.dots{margin:4px 0}
+@media(max-width:600px){main.aigc{padding:24px 14px 60px}.aigc h1{font-size:22px}.aigc .verdict{font-size:15.5px;padding:13px 15px}.aigc dl.how{grid-template-columns:1fr}.aigc dl.how dd{margin-bottom:6px}}"""
 _TITLES = {"score": "score", "accuracy": "accuracy", "accuracy_norm": "accuracy, per character", "bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L", "chrf": "chrF", "rule_score": "rule score"}
 
 
@@ -279,7 +279,7 @@ def verdict_page(runs: Sequence[Run], *, title: str = "", links: dict[str, str] 
     verdict = "".join(f"<p>{pill if n == 0 else ''}{e(line)}</p>" for n, line in enumerate(verdict_lines(runs, against)))
     tasks = runs[0].summary.tasks
     panels = [Panel(t, [r.summary.tasks[t].metrics.get(s.main) if t in r.summary.tasks else None for r in runs], ".3f", ("less" if s.main in LESS else "more") + " is better") for t, s in tasks.items()]
-    pictures = "".join(f"<div class='picture'>{dot_plot([r.label for r in runs], panels[n:n + 3])}</div>" for n in range(0, len(panels), 3))
+    pictures = f"<div class='pictures'>{''.join(dot_plot([r.label for r in runs], [p]) for p in panels)}</div>"
     aside = "".join(f"<li>{e(r.label)}, {e(t)}: {n} × {e(why)}</li>" for r in runs for t, s in r.summary.tasks.items() for why, n in s.set_aside.items())
     how = "".join(f"<dt>{e(r.label)}</dt><dd>{e(r.summary.ref or r.place)}{', ' + _bytes(r.summary.bytes) if r.summary.bytes else ''}, {r.summary.created:%Y-%m-%d %H:%M}" + (f", <a href='{e((links or {})[r.label], quote=True)}'>its run</a>" if r.label in (links or {}) else f", run {e(r.summary.run)}" if r.summary.run else "") + "</dd>" for r in runs)
     how += "".join(f"<dt>{e(str(k))}</dt><dd>{e(str(v))}</dd>" for k, v in runs[0].summary.how.items() if k != "keys")
