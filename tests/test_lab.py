@@ -64,12 +64,12 @@ def test_a_job_in_the_browser(notebook, jupyter):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
         page = browser.new_page()
-        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset", timeout=120_000)
-        page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=120_000)
+        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset", timeout=60_000)
+        page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))", timeout=180_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=120_000)
+        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))", timeout=90_000)
+        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
         assert "Mem" in page.locator("#jp-bottom-panel, .jp-StatusBar-Widget, #jp-main-statusbar").first.inner_text() or page.locator("text=/Mem:/").count()  # resource usage
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         for _ in range(60):

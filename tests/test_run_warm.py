@@ -215,3 +215,57 @@ def test_rerun_from_any_point(lab):
     assert [(r.name, r.status) for r in part] == [("make", "succeeded"), ("left", "succeeded")]
     with pytest.raises(UsageError, match="no finished run to go on from"): run_pipeline(pipeline, store=Store(lab/"other"), begin="end")
     with pytest.raises(UsageError, match="did you mean 'left'"): run_pipeline(pipeline, store=store, begin="lefd")
+
+
+# ---- clocks
+
+def test_a_clock_that_jumps_changes_no_status(lab, monkeypatch):
+    "The wall clock leaps a day ahead and two back while a job runs: limits and durations follow the monotonic clock, and a living run is never called dead."
+    from datetime import datetime, timedelta, timezone
+    from aigc.run import record as records
+    from aigc.run import runner
+
+    class Jumping(datetime):
+        shift = timedelta(0)
+        @classmethod
+        def now(cls, tz=None): return datetime.now(tz) + cls.shift
+
+    for module in (records, runner): monkeypatch.setattr(module, "datetime", Jumping)
+    job, store, results = make_job(lab, "10_wait", "x: int = 1", "time.sleep(3)\nrun.log(x=x)"), Store(lab/"store"), []
+    thread = threading.Thread(target=lambda: results.append(run_job(job, store=store, timeout=60)))
+    thread.start()
+    until(lambda: list_runs(store), 30, "the run's record")
+    seen = set()
+    for shift in (timedelta(days=1), timedelta(days=-2), timedelta(0)):
+        Jumping.shift = shift
+        for _ in range(8): seen.add(list_runs(store)[0].status); time.sleep(0.1)
+    thread.join()
+    assert seen <= {"running", "succeeded"} and results[0].status == "succeeded" and 2.5 < results[0].wall_seconds < 60
+    assert Jumping.now(timezone.utc) - results[0].created < timedelta(minutes=5)
+
+
+# ---- parameters
+
+def test_ranges_and_secrets_by_reference(lab, monkeypatch):
+    monkeypatch.setenv("MY_WORD", "open-sesame-0123"); monkeypatch.setenv("AIGC_STORE", str(lab/"store"))
+    job = make_job(lab, "10_call", "from typing import Annotated\nshare: Annotated[float, '0..1'] = 0.5  # a part\nwidth: Annotated[int, '> 0'] = 8\napi_key: str = ''  # where the key is",
+                   "from aigc.run.redact import read_secret\nkey = read_secret(api_key)\nprint('using', key)\nrun.log(length=len(key), note=key)")
+    for setting, sentence in {"share=1.5": "wants float at least 0 and at most 1, got 1.5", "width=0": "wants int above 0, got 0", "api_key=open-sesame": "is a secret, and parameters are recorded; put it into the environment, and pass a reference: api_key=env:API_KEY"}.items():
+        refused = aigc(lab, "run", job, "--set", setting)
+        assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
+    record = run_job(job, {"api_key": "env:MY_WORD", "share": 1.0}, store=Store(lab/"store"))
+    assert (record.status, record.metrics["length"], record.metrics["note"], record.parameters["api_key"]) == ("succeeded", 16, "[secret]", "env:MY_WORD")
+    for path in (lab/"store").rglob("*"):
+        if path.is_file(): assert "open-sesame-0123" not in path.read_text(errors="replace"), path
+    shown = aigc(lab, "run", job, "--help").stdout
+    assert "--share" in shown and "float at least 0 and at most 1" in shown and "where the key is" in shown and "0.5" in shown
+    assert aigc(lab, "run", job, "--share", "0.25", "--dry-run", "--json").stdout.count("0.25") >= 1
+    unknown = aigc(lab, "run", job, "--shares", "0.25")
+    assert unknown.returncode == 2 and "did you mean 'share'" in unknown.stderr
+
+
+def test_debug_notebook_of_a_failed_run(lab):
+    record = run_job(make_job(lab, "10_half", "n: int = 2", "half = 1/(n - 3)", "print('never')"), {"n": 3}, store=Store(lab/"store"))
+    path = aigc(lab, "runs", "debug", "last").stdout.strip()
+    done = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", path, str(lab/"out.ipynb")], env={**os.environ, "AIGC_STORE": str(lab/"store")}, capture_output=True, text=True)
+    assert record.status == "failed" and done.returncode == 1 and "ZeroDivisionError" in done.stderr  # it fails again, at the same place
