@@ -611,3 +611,10 @@ def test_alert_rules_and_a_real_prometheus(start, tmp_path):
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_releases_runs(repo):
+    import nbformat
+    from nbclient import NotebookClient
+    NotebookClient(nbformat.read(repo/"nbs"/"tutorials"/"30_release_and_roll_back.ipynb", 4), timeout=600, kernel_name="python3").execute()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .feedback import feedback_command
 from ..core.errors import UsageError
 from ..data.card import lengths, split_facts, token_counter
 from ..data.clean import Drop
@@ -28,6 +29,9 @@ data = typer.Typer(no_args_is_help=True, add_completion=False)
 
 @data.callback()
 def _group(): "Collect and inspect data."
+
+
+data.command("feedback")(feedback_command)
 
 # %% ../../nbs/cli/40_data.ipynb #23de9f40
 @data.command("collect")

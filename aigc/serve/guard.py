@@ -54,6 +54,7 @@ _SECRET = {kind.upper(): (pattern, lambda t: True) for kind, pattern in SECRETS.
 
 def find(text: str, patterns: dict) -> list[tuple[int, int, str]]:
     "`(start, end, kind)` of what the patterns find, in order, without overlaps."
+    if len(text) < 6: return []   # the shortest of them, a@b.cd, has six characters
     hits = sorted((m.start(), -m.end(), kind) for kind, (pattern, check) in patterns.items() for m in pattern.finditer(text) if check(m[0]))
     found, at = [], 0
     for start, end, kind in hits:
