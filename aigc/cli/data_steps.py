@@ -9,7 +9,7 @@ __all__ = ['Data', 'Out', 'Json', 'convert_command', 'clean_command', 'dedup_com
 # %% ../../nbs/cli/41_data_steps.ipynb #dd342e69
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'Shard', 'Plan', 'plan', 'shard_rows', 'Steps', 'load_bench
 # %% ../../nbs/data/82_engine.ipynb #28dc80c0
 import hashlib, json, os, shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.errors import AigcError, UsageError, require
+from ..core.errors import UsageError, require
 from ..core.progress import track
 from .clean import Drop, chat_rules, drop
 from .formats import as_records, check_share, read_data
@@ -186,8 +186,8 @@ def _whole(path: Path, text: str) -> None:
 
 
 def _safe_line(d: Drop) -> str:
-    "A drop as a line; personal data in what is shown of it are masked, the raw row (for mending) is kept as it is."
-    d = d.model_copy(update={"text": mask(d.text)[0], "value": mask(d.value)[0] if isinstance(d.value, str) else d.value})
+    "A drop as a line; personal data in what is shown of it are masked, in its raw row as well; the source has it unmasked, at its place."
+    d = d.model_copy(update={"text": mask(d.text)[0], "row": mask(d.row)[0] if d.row else None, "value": mask(d.value)[0] if isinstance(d.value, str) else d.value})
     return json.dumps(d.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
 
 # %% ../../nbs/data/82_engine.ipynb #141d6c7d

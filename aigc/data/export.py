@@ -6,7 +6,7 @@
 __all__ = ['WRITERS', 'to_rows', 'safe_cell', 'write_csv', 'write_rows']
 
 # %% ../../nbs/data/15_export.ipynb #155e605d
-import csv, io, json
+import csv, json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any

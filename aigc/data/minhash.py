@@ -11,14 +11,14 @@ import json, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..core.errors import UsageError
 from .clean import Step, drop
 from .dedup import whole
-from .records import Record, parse_line, to_record
+from .records import Record
 
 # %% ../../nbs/data/42_minhash.ipynb #e7c60b31
 class Corpus(Protocol):

@@ -55,7 +55,7 @@ def save_dataset(store: Store, name: str, parts: Mapping[str, Sequence[Record]],
 
 
 def _safe(d: Drop) -> Drop:
-    return d.model_copy(update={"text": redact_text(d.text)[0], "value": redact_text(d.value)[0] if isinstance(d.value, str) else d.value})
+    return d.model_copy(update={"text": redact_text(d.text)[0], "row": redact_text(d.row)[0] if d.row else None, "value": redact_text(d.value)[0] if isinstance(d.value, str) else d.value})
 
 # %% ../../nbs/data/80_prepare.ipynb #636ef635
 def describe(name: str, parts: Mapping[str, Sequence[Record]], steps: Sequence[Step], *, what: str, licence: str, seed: int, read: int, unreadable: int = 0, sources: Sequence[dict] = (),

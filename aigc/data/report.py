@@ -20,7 +20,7 @@ def _e(value: Any) -> str: return html.escape(str(value))
 
 
 def _bars(counts: Mapping[str, int], total: int, label=lambda k: k) -> str:
-    most = max(counts.values(), default=1)
+    most = max(1, *counts.values(), 1)
     return "<table>" + "".join(f"<tr><td style='width:30%'>{_e(label(k))}</td><td class=n>{n:,}</td><td class=n>{n/max(1, total):.1%}</td><td style='width:45%'><span class=bar style='width:{100*n/most:.1f}%'></span></td></tr>" for k, n in counts.items()) + "</table>"
 
 

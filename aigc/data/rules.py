@@ -9,10 +9,9 @@ __all__ = ['EN', 'ZH', 'JA', 'CODE', 'OTHER', 'POEM', 'PROFILES', 'Profile', 'pr
 # %% ../../nbs/data/34_rules.ipynb #1ba528c8
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import unknown

@@ -7,7 +7,7 @@ __all__ = ['LIMIT', 'DEPTH', 'CODE', 'KINDS', 'Row', 'set_aside', 'open_bytes', 
            'main_content', 'Options', 'kind_of', 'source_files', 'read_file', 'read_rows', 'mixture']
 
 # %% ../../nbs/data/05_sources.ipynb #97435f3d
-import bz2, codecs, csv, gzip, hashlib, io, json, lzma, re
+import bz2, codecs, csv, gzip, io, json, lzma, re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

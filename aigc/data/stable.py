@@ -16,7 +16,7 @@ from ..core.errors import UsageError
 from .clean import Drop, drop
 from .minhash import InMemory, candidates, signatures, verify
 from .records import Record
-from .split import SHARES, asked, assert_no_leak
+from .split import SHARES, asked
 
 # %% ../../nbs/data/65_stable.ipynb #24487e68
 def side(key: str, shares: Mapping[str, float] = SHARES, *, seed: int = 42, stratum: str = "") -> str:

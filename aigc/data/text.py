@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ..core.errors import require, unknown
 from .clean import Step
-from .records import Message, Record
+from .records import Record
 
 # %% ../../nbs/data/27_text.ipynb #795a1314
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
