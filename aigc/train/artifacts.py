@@ -6,35 +6,41 @@
 __all__ = ['Saved', 'save_trained']
 
 # %% ../../nbs/train/70_artifacts.ipynb #c19e5204
-import shutil
+import json, shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.store import Artifact, Store, is_ref
+from ..models.sources import model_path
 from .merge import Merged, merge_adapter
 from .trainers import Trained
 
 # %% ../../nbs/train/70_artifacts.ipynb #54441165
 @dataclass
 class Saved:
-    "The artifacts of a training run; `adapter` and `merged` are None when every weight was trained."
+    "The artifacts of a training run; `adapter` and `merged` are None when every weight was trained, `model` is the adapter itself where it cannot be merged (prefix, prompt, a quantized base)."
     model: Artifact
     adapter: Artifact | None = None
     merged: Merged | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+def _is_quantized(base: str, store: Store) -> bool:
+    return "quantization_config" in json.loads((model_path(base, store)/"config.json").read_text())
+
+
 def save_trained(store: Store, name: str, trained: Trained, *, data: str, parameters: dict[str, Any] | None = None) -> Saved:
     "Commit `adapter/<name>` and `model/<name>` (merged, and the difference measured); `data`: reference of what was learned from."
     base, metrics = trained.base, trained.metrics()
     licence = store.get(base).card.get("licence", "") if is_ref(base) else ""
-    done = {"sft": "fine-tuned on", "dpo": "aligned with"}[trained.method]
+    done = {"sft": "fine-tuned on", "dpo": "aligned with", "kto": "aligned with", "grpo": "trained by rewards on", "distill": "distilled with"}[trained.method]
     def card(what: str) -> dict[str, Any]: return dict(what=what, licence=licence, sources=[base, data], method=trained.method, base=base)
     def writing(kind: str, inputs: Sequence[str], what: str): return store.writing(kind, name, inputs=inputs, parameters=parameters, metrics=metrics, card=card(what))
     first = writing(trained.kind, [base, data], f"A LoRA adapter for {base}, {done} {data}." if trained.kind == "adapter" else f"{base}, every weight {done} {data}.")
     with first as folder: shutil.copytree(trained.path, folder, dirs_exist_ok=True)
     if trained.kind == "model": return Saved(first.artifact, metrics=metrics)
+    if json.loads((trained.path/"adapter_config.json").read_text())["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING") or _is_quantized(base, store): return Saved(first.artifact, first.artifact, metrics=metrics)  # nothing that could be merged
     adapter, second = first.artifact, writing("model", [first.artifact.ref, base], f"{base} with {first.artifact.ref} merged in.")
     with second as folder:
         merged = merge_adapter(adapter.ref, folder, base=base, store=store)

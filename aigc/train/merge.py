@@ -6,7 +6,7 @@
 __all__ = ['PROBES', 'save_model', 'Merged', 'merge_adapter']
 
 # %% ../../nbs/train/30_merge.ipynb #9bccc941
-import json, warnings
+import json, math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from ..core.errors import AigcError
+from ..core.errors import AigcError, GateError
 from ..core.store import Store
 from ..models.sources import adapter_base, load_model, load_tokenizer, model_path
 from ..models.template import end_of_turn, render
@@ -43,19 +43,39 @@ class Merged:
     top1_agreement: float
     tokens: int
     dtype: str
+    kl: float = 0.0
+    perplexity_ratio: float = 1.0
+    kl_quantized: float | None = None
+
+    def to_dict(self) -> dict:
+        "For `--json`."
+        return dict(path=str(self.path), tokens=self.tokens, dtype=self.dtype) | self.metrics()
 
     def summary(self) -> str:
         "One sentence for the log."
         return (f"merged into {self.dtype}: logits differ by at most {self.max_logit_difference:.1e} after merging in fp32 and {self.max_logit_difference_stored:.1e} with the weights as stored; "
-                f"the likeliest token is the same at {self.top1_agreement:.1%} of {self.tokens} positions")
+                f"the likeliest token is the same at {self.top1_agreement:.1%} of {self.tokens} positions; KL {self.kl:.1e} nats a token, perplexity times {self.perplexity_ratio:.4f}"
+                + (f"; quantized: KL {self.kl_quantized:.1e}" if self.kl_quantized is not None else ""))
 
     def metrics(self) -> dict[str, float]:
         "The numbers for the record."
-        return dict(merge_max_logit_difference=self.max_logit_difference, merge_max_logit_difference_stored=self.max_logit_difference_stored, merge_top1_agreement=self.top1_agreement)
+        return dict(merge_max_logit_difference=self.max_logit_difference, merge_max_logit_difference_stored=self.max_logit_difference_stored, merge_top1_agreement=self.top1_agreement,
+                    merge_kl=self.kl, merge_perplexity_ratio=self.perplexity_ratio) | ({"merge_kl_quantized": self.kl_quantized} if self.kl_quantized is not None else {})
 
 
 PROBES = ["Write the one-line docstring of this Python function.\n```python\ndef area(radius):\n    return math.pi*radius**2\n```",
           "What is the capital of France, and how many people live there?", "用一句话介绍你自己。"]
+
+
+def _kl(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    "Mean KL(a‖b) over all positions, in nats."
+    parts = [(x.log_softmax(-1).exp()*(x.log_softmax(-1) - y.log_softmax(-1))).sum(-1) for x, y in zip(a, b)]
+    return torch.cat(parts).clamp(min=0).mean().item()
+
+
+def _surprise(logits: list[torch.Tensor], batches: list[torch.Tensor]) -> float:
+    "Mean −log p of the texts' own tokens."
+    return torch.cat([torch.nn.functional.cross_entropy(x[:-1], ids[0, 1:].cpu(), reduction="none") for x, ids in zip(logits, batches)]).mean().item()
 
 
 @torch.no_grad()
@@ -63,10 +83,12 @@ def _logits(model, batches: list[torch.Tensor]) -> list[torch.Tensor]: return [m
 
 # %% ../../nbs/train/30_merge.ipynb #8e93e71b
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None, store: Store | None = None, dtype: torch.dtype | None = None,
-                  probes: Sequence[str] = PROBES, bound: float = 1e-2, device: str | None = None) -> Merged:
+                  probes: Sequence[str] = PROBES, bound: float = 1e-2, kl_bound: float = 0.02, quantized: str | Path | None = None, device: str | None = None) -> Merged:
     """Merge `adapter` (folder or store reference) into its base and write the whole model to the folder `out`.
 
-    `dtype` of the stored weights defaults to the base's own. Raises `AigcError` when merging in fp32 moves a logit by more than `bound`."""
+    `dtype` of the stored weights defaults to the base's own. `quantized`: a quantized version to compare with the adapter too.
+    Raises `GateError` when merging in fp32 moves a logit by more than `bound`, or when the weights as stored (or the quantized version) are further than `kl_bound` nats a token from the adapter;
+    `out` is then left as it was."""
     from peft import PeftModel
     folder = model_path(adapter, store)
     if not (folder/"adapter_config.json").is_file(): raise AigcError("this is no adapter, there is nothing to merge", place=str(adapter), remedy="give an adapter artifact or a folder with adapter_config.json")
@@ -75,6 +97,9 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     tokenizer = load_tokenizer(folder if (folder/"tokenizer.json").is_file() else base_folder, store)
     stored = dtype or getattr(torch, json.loads((base_folder/"config.json").read_text()).get("dtype") or "bfloat16")
     batches = [tokenizer(render(tokenizer, [{"role": "user", "content": p}], generate=True), add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device) for p in probes]
+    settings = json.loads((folder/"adapter_config.json").read_text())
+    if settings.get("peft_type") in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"): raise AigcError("tokens before the row cannot be merged into weights", place=str(adapter), remedy="serve the adapter with its base as it is")
+    if getattr(model.config, "quantization_config", None) is not None: raise AigcError("the base is quantized, and an adapter cannot be merged into packed weights", place=str(base or base_folder), remedy="name the model it was quantized from as the base, and look at the drift that is reported")
     adapted = PeftModel.from_pretrained(model, folder).eval()
     before = _logits(adapted, batches)
     with warnings.catch_warnings():
@@ -82,9 +107,15 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
         merged = adapted.merge_and_unload()
     exact = max((a - b).abs().max().item() for a, b in zip(before, _logits(merged, batches)))
     if not exact <= bound:  # a NaN too
-        raise AigcError(f"merging moves a logit by {exact:.3g}, more than {bound:g}", place=str(adapter), remedy="check that the adapter was trained on this base")
-    save_model(merged, tokenizer, out, dtype=stored)
-    after = _logits(merged.float(), batches)  # the weights have been rounded to the stored type; the arithmetic stays fp32
+        raise GateError(f"merging moves a logit by {exact:.3g}, more than {bound:g}", place=str(adapter), remedy="check that the adapter was trained on this base")
+    for weight in merged.parameters(): weight.data = weight.data.to(stored).float()  # rounded to the stored type; the arithmetic stays fp32
+    after = _logits(merged, batches)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(before, after)])
-    difference = max((a - b).abs().max().item() for a, b in zip(before, after))
-    return Merged(Path(out), exact, difference, same.float().mean().item(), len(same), str(stored).removeprefix("torch."))
+    found = Merged(Path(out), exact, max((a - b).abs().max().item() for a, b in zip(before, after)), same.float().mean().item(), len(same), str(stored).removeprefix("torch."),
+                   _kl(before, after), math.exp(_surprise(after, batches) - _surprise(before, batches)))
+    if quantized: found.kl_quantized = _kl(before, _logits(load_model(quantized, device=device, store=store)[0], batches))
+    for kl, what in ((found.kl, f"the merged weights in {found.dtype}"), (found.kl_quantized, "the quantized model")):
+        if kl is not None and not kl <= kl_bound: raise GateError(f"{what} are {kl:.3g} nats a token away from the adapter, more than {kl_bound:g}", place=str(adapter), remedy="store them in float32, quantize with a smaller group or more bits, or accept it with a higher kl_bound")
+    save_model(merged, tokenizer, out, dtype=stored)
+    if (folder/"training.json").is_file(): (Path(out)/"training.json").write_text((folder/"training.json").read_text())
+    return found
