@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from conftest import missing
-
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
@@ -235,7 +233,9 @@ def test_two_processes_are_one_of_twice_the_batch(tiny, tmp_path, repo):
 def test_a_full_disk_is_said_and_survived(tiny, tmp_path):
     folder = tmp_path/"small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode: missing("the right to mount a small file system")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode:
+        from conftest import missing
+        missing("the right to mount a small file system")
     try:
         config = train_config(dict(BASE, lora_rank=16, check_steps=1, epochs=3.0, keep_checkpoints=5))
         with pytest.raises(AigcError, match="a checkpoint cannot be written.*free some space"): train(config, tiny, chats(), folder=folder)
@@ -248,12 +248,19 @@ def test_a_full_disk_is_said_and_survived(tiny, tmp_path):
 
 # --- the model answers while it trains ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", [{}, dict(rewards=["length", "ended"]), dict(generations=2), dict(temperature=0.3), dict(answer_tokens=6)], ids=lambda c: next(iter(c), "plain"))
-def test_grpo_learns_from_rewards_and_reads_its_fields(change, tiny, tmp_path):
+@pytest.fixture(scope="module")
+def taught(tiny, tmp_path_factory):
+    "A test model that has learned to say something, and to end: rewards of random noise would all be nought."
+    done = train(train_config(dict(BASE, lora_rank=0, learning_rate=2e-3, epochs=6.0)), tiny, chats(), folder=tmp_path_factory.mktemp("taught"))
+    return str(done.path)
+
+
+@pytest.mark.parametrize("change", [{}, dict(rewards=["overlap", "length", "ended"]), dict(generations=2), dict(temperature=0.5), dict(answer_tokens=6)], ids=lambda c: next(iter(c), "plain"))
+def test_grpo_learns_from_rewards_and_reads_its_fields(change, taught, tmp_path):
     from aigc.train.trainers import train_grpo
-    base = dict(method="grpo", lora_rank=8, learning_rate=1e-3, batch_size=4, generations=4, rewards=["length"], answer_tokens=12, max_steps=2, precision="fp32", log_steps=1, check_steps=50)
-    a, b = (train_grpo(train_config(base | more), tiny, chats(4), folder=tmp_path/n) for n, more in (("a", {}), ("b", change)))
-    assert len(losses(a, "reward")) >= 2 and all(0 <= r <= 2 for r in losses(b, "reward"))
+    base = dict(method="grpo", lora_rank=8, learning_rate=1e-3, batch_size=4, generations=4, rewards=["overlap"], answer_tokens=16, max_steps=2, precision="fp32", log_steps=1, check_steps=50)
+    a, b = (train_grpo(train_config(base | more), taught, chats(4), folder=tmp_path/n) for n, more in (("a", {}), ("b", change)))
+    assert len(losses(a, "reward")) >= 2 and all(0 <= r <= 3 for r in losses(b, "reward"))
     assert (a.history == b.history) == (not change)
 
 
