@@ -14,6 +14,7 @@ from .main import LazyGroup
 
 # %% ../../nbs/cli/90_bench.ipynb #6e090c95
 BENCHMARKS = {
+    "data": ("aigc.cli.bench_data:bench_command", "Data steps: throughput, memory, MinHash beside its peers."),
     "train": ("aigc.cli.bench_train:train_command", "Steps beside plain TRL, preflight, real runs with a verdict."),
     "serve": ("aigc.cli.bench_serve:bench_serve_command", "Our server beside llama.cpp, vLLM and transformers: TTFT, TPOT, throughput."),
     "runs": ("aigc.cli.bench_runs:runs_bench_command", "What a run costs in a sweep, beside papermill alone."),
