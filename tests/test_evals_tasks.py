@@ -263,3 +263,34 @@ def example_page() -> str:
         results.append(Result(key="k", task="gsm8k", id="broken", set_aside="no answer: nothing whole within 300 s"))
         return Run(name, summarize(results, name, ref=f"model/{name}@0123456789ab", digest="0" * 64, bytes=270_000_000, how={"data": "gsm8k_test.jsonl", "decoding": "greedy, batches of 8", "torch": "2.13.0"}), results, name)
     return verdict_page([run("smollm2-135m", .45), run("docs-sft", .62), run("docs-w4a16-awq-group-32", .60)])
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_people_vote_in_a_browser(tmp_path, language):
+    "Clicks and keys vote, undo takes back, a reload keeps the votes, the saved file becomes votes with the sides put right; nothing is requested and nothing complains."
+    import shutil
+    from aigc.evals.judge import Pair
+    from aigc.evals.people import blind_page, read_votes
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or missing("chromium")
+    playwright = __import__("playwright.sync_api").sync_api
+    pairs = [Pair(id=f"p{n}", ask=f"问题 {n}?", baseline="worse <b>x</b></script>", candidate="good answer " * n) for n in range(1, 5)]
+    html, key = blind_page(pairs, language=language, seed=5)
+    (tmp_path/"page.html").write_text(html, encoding="utf-8")
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(str(tmp_path/"profile"), executable_path=browser, args=["--no-sandbox", "--disable-gpu"], viewport={"width": 390, "height": 800}, accept_downloads=True)
+        page, errors, requests = context.new_page(), [], []
+        page.on("console", lambda m: errors.append(m.text)); page.on("pageerror", lambda e: errors.append(str(e))); page.on("request", lambda r: requests.append(r.url) if not r.url.startswith("blob:") else None)
+        page.goto(f"file://{tmp_path/'page.html'}")
+
+        def good(): return "left" if "good" in page.locator("#left").inner_text() else "right"
+        page.click(f"[data-vote={good()}]"); page.keyboard.press("1" if good() == "left" else "3"); page.keyboard.press("2")
+        page.click("#undo"); page.reload()
+        assert page.locator("#state").inner_text() == "3 / 4" and page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.click(f"[data-vote={good()}]"); page.keyboard.press("2")
+        assert page.locator("#both").is_hidden()
+        with page.expect_download() as saved: page.click("#save")
+        saved.value.save_as(tmp_path/"votes.json")
+        if os.environ.get("AIGC_SCREENSHOTS"): page.click("#undo"); page.screenshot(path=str(Path(os.environ["AIGC_SCREENSHOTS"])/f"blind-{language}.png"))
+        assert errors == [] and set(requests) == {f"file://{tmp_path/'page.html'}"}
+        context.close()
+    assert sorted(v.score for v in read_votes(tmp_path/"votes.json", key)) == [.5, 1, 1, 1]
