@@ -56,7 +56,7 @@ def require_keys(keys: Sequence[str], taken: socket.socket) -> None:
     if not keys and not is_loopback(taken):
         raise UsageError("other machines can reach this address, and no API key is set", place=url_of(taken), remedy=f"set {KEY_VARIABLE}, or use --host 127.0.0.1")
 
-# %% ../../nbs/serve/40_server.ipynb #c4da6c50
+# %% ../../nbs/serve/40_server.ipynb #9c11be84
 def _log_config(level: str) -> dict:
     config = copy.deepcopy(LOGGING_CONFIG)
     for name in ("uvicorn", "uvicorn.error"): config["loggers"][name]["level"] = "WARNING"  # our two lines say what its start-up lines would
@@ -114,9 +114,11 @@ class Endpoint:
 
 
 def _progress(engine) -> str:
-    "How much of the weights is in memory, where the engine knows how many bytes it expects."
-    expected = getattr(engine, "expected_bytes", 0)
-    if not expected: return ""
+    "How much memory the process that loads has taken, beside the size of the weights, where both can be known."
     import psutil
-    grown = max(0, psutil.Process().memory_info().rss - getattr(engine, "bytes_before", 0))
-    return f", {min(99, 100*grown//expected)} % of {expected/1e6:.0f} MB in memory"
+    from aigc.serve.fit import size, weight_bytes
+    try:
+        expected = weight_bytes(engine.how["model"])
+        taken = psutil.Process(engine.process.pid).memory_info().rss
+    except Exception: return ""  # another kind of engine, or a model that is being made just now
+    return f", {size(taken)} in memory, of which the weights will be {size(expected)}"
