@@ -7,7 +7,7 @@ __all__ = ['log', 'PARAM', 'WIDTH', 'as_api_error', 'Pieces', 'chat_requests', '
            'PlainAnswer', 'new_id', 'usage_of', 'whole_answer', 'events']
 
 # %% ../../nbs/serve/26_answering.ipynb #91bdc395
-import asyncio, json, logging, math, re, time, uuid
+import asyncio, logging, math, re, time, uuid
 from collections.abc import AsyncIterator, Sequence
 
 from ..core.errors import AigcError, UsageError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..core.errors import UsageError
-from .native import library, native_bf16, native_w4, native_w8
+from .native import native_bf16, native_w4, native_w8
 
 # %% ../../nbs/serve/23_model_runner.ipynb #07d75f27
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from ..core.errors import nearest
-from ..models.generate import Chunk, Guide, Request
+from ..models.generate import Chunk, Guide
 from .bounds import check_regex, check_schema
 
 # %% ../../nbs/serve/10_protocol.ipynb #a452567c

@@ -6,7 +6,7 @@
 __all__ = ['OPENAI', 'EXTENSIONS', 'SeenTokens', 'upstream_body', 'UpstreamEngine', 'UpstreamAnswer']
 
 # %% ../../nbs/serve/22_upstream.ipynb #2a77b28a
-import asyncio, json, threading, time
+import asyncio, json, threading
 from collections.abc import AsyncIterator, Iterable
 
 import httpx
