@@ -2186,7 +2186,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'aigc.serve.model_runner.projection': ( 'serve/model_runner.html#projection',
                                                                                  'aigc/serve/model_runner.py')},
             'aigc.serve.native': { 'aigc.serve.native.library': ('serve/native.html#library', 'aigc/serve/native.py'),
-                                   'aigc.serve.native.native_bf16': ('serve/native.html#native_bf16', 'aigc/serve/native.py'),
                                    'aigc.serve.native.native_w4': ('serve/native.html#native_w4', 'aigc/serve/native.py'),
                                    'aigc.serve.native.native_w8': ('serve/native.html#native_w8', 'aigc/serve/native.py')},
             'aigc.serve.page': {'aigc.serve.page.page_file': ('serve/page.html#page_file', 'aigc/serve/page.py')},

@@ -52,7 +52,7 @@ async def collect(pieces): return whole([p async for p in pieces])
 
 async def settled(engine, seconds=30):
     "The gauges once the engine has heard of everybody who left."
-    end, n = time.monotonic() + seconds, 0
+    end = time.monotonic() + seconds
     while True:
         await collect(engine.submit(Request(prompt=[5], max_tokens=1), f"tick-{time.monotonic()}"))
         g = engine.gauges

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..core.errors import UsageError
-from .native import native_bf16, native_w4, native_w8
+from .native import native_w4, native_w8
 
 # %% ../../nbs/serve/23_model_runner.ipynb #07d75f27
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -148,7 +148,6 @@ AttentionInterface.register("aigc_paged", _aigc_paged)
 
 # %% ../../nbs/serve/23_model_runner.ipynb #a2e3f20c
 def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if native := native_bf16(weight, bias): return native
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8), torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")
@@ -167,12 +166,13 @@ def projection(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     q, scales = torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts])
     zeros = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts])
     native = native_w4(q, scales, zeros, group) if bits == 4 else native_w8(q.to(torch.int16) - 128, scales) if scales.shape[1] == 1 and zeros is None else None
-    if native: return native if bias is None else lambda x: native(x) + bias
     weight, scales = w4_layout(q, scales, zeros, group) if bits == 4 else w8_layout(q, scales, zeros)
     if weight.is_floating_point(): return _dense(weight, bias)
     if weight.device.type == "cpu":  # past the custom operator, whose call alone costs ten microseconds
         if bits == 4: product = torch.ops.aten._weight_int4pack_mm_for_cpu.default; plain = lambda x: product(x, weight, group, scales)
         else: product = torch.ops.aten._weight_int8pack_mm.default; plain = lambda x: product(x, weight, scales)
+        few = plain
+        if native: plain = lambda x: native(x) if bits == 8 or len(x) >= 4 else few(x)
     elif bits == 4: plain = lambda x: w4a16_mm(x, weight, scales, group)
     else: plain = lambda x: w8a16_mm(x, weight, scales)
     return plain if bias is None else lambda x: plain(x) + bias
