@@ -37,7 +37,7 @@ def jupyter(lab):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     private = {f"JUPYTER_{n}_DIR": str(lab/n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")}
     (lab/"config").mkdir()
-    (lab/"config"/"jupyter_server_config.json").write_text(json.dumps({"IdentityProvider": {"token": ""}, "LabApp": {"expose_app_in_browser": True}}))
+    for name in ("server", "lab"): (lab/"config"/f"jupyter_{name}_config.json").write_text(json.dumps({"IdentityProvider": {"token": ""}, "LabApp": {"expose_app_in_browser": True}}))
     process = subprocess.Popen([sys.executable, "-m", "aigc", "lab", str(lab/"notebooks"), "--port", str(port), "--no-browser"], env={**os.environ, **private, "HOME": str(lab), "AIGC_STORE": str(lab/"store")}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -56,6 +56,7 @@ def notebook(lab):
     return path
 
 
+@pytest.mark.slow
 def test_a_job_in_the_browser(notebook, jupyter):
     try: from playwright.sync_api import sync_playwright
     except ImportError: missing("playwright")
@@ -64,12 +65,12 @@ def test_a_job_in_the_browser(notebook, jupyter):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
         page = browser.new_page()
-        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset", timeout=60_000)
-        page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
+        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset", timeout=180_000)
+        page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=180_000)
+        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=180_000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))", timeout=90_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
+        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))", timeout=180_000)
+        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=180_000)
         assert "Mem" in page.locator("#jp-bottom-panel, .jp-StatusBar-Widget, #jp-main-statusbar").first.inner_text() or page.locator("text=/Mem:/").count()  # resource usage
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         for _ in range(60):
