@@ -27,10 +27,10 @@ class Served:
         self.process = subprocess.Popen([*AIGC, "serve", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**env))
         self.lines, self.said = [], queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        first = self.said.get(timeout=90)
+        first = self.said.get(timeout=180)
         assert " at http://" in first, first + "".join(self.lines)
         self.url = first.split(" at ")[1].split("/v1")[0].replace("0.0.0.0", "127.0.0.1")
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while httpx.get(f"{self.url}/ready").status_code != 200:
             assert self.process.poll() is None and time.monotonic() < end, self.lines
             time.sleep(0.1)
