@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from ..core.errors import AigcError
 from .intervals import score_interval
 from .statistics import Interval
-from ..models.generate import Completion, Request
+from ..models.generate import Request
 
 # %% ../../nbs/evals/23_judge.ipynb #9b239554
 PAIRWISE = {
