@@ -19,6 +19,8 @@ BENCHMARKS = {
     "serve": ("aigc.cli.bench_serve:bench_serve_command", "Our server beside llama.cpp, vLLM and transformers: TTFT, TPOT, throughput."),
     "runs": ("aigc.cli.bench_runs:runs_bench_command", "What a run costs in a sweep, beside papermill alone."),
     "gateway": ("aigc.cli.bench_gateway:gateway_command", "CPU and time that the gateway adds to a request."),
+    "kernels": ("aigc.cli.bench_kernels:kernels_command", "The kernels: timed on a GPU; without one, what the compiler made of them. --tune adds a launch table."),
+    "decode": ("aigc.cli.bench_decode:decode_command", "Tokens a second on a CPU, beside llama.cpp, openvino-genai, onnxruntime-genai and transformers."),
 }
 
 # %% ../../nbs/cli/90_bench.ipynb #68178efb

@@ -25,6 +25,7 @@ COMMANDS = {
     "data": ("aigc.cli.data_steps:data", "Collect, clean, deduplicate, mask, split and report data.", "Stages"),
     "train": ("aigc.cli.train:train_app", "Look before training, train, merge.", "Stages"),
     "quantize": ("aigc.cli.quantize:quantize_command", "Make a model smaller: 4 or 8 bits a weight.", "Stages"),
+    "export": ("aigc.cli.export:export_command", "Write a model as a folder that other programs load.", "Stages"),
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),
     "serve": ("aigc.cli.serve:serve_command", "Serve a model behind the OpenAI protocol.", "Serving"),
     "chat": ("aigc.cli.serve:chat_command", "Talk to a model or an endpoint.", "Serving"),

@@ -8,11 +8,12 @@ __all__ = ['Format', 'Method', 'quantize_command']
 # %% ../../nbs/cli/50_quantize.ipynb #5052024e
 import json
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..core.errors import UsageError
+from ..core.errors import GateError, UsageError
 from ..core.store import Store
 
 # %% ../../nbs/cli/50_quantize.ipynb #1673134f
@@ -32,6 +33,47 @@ def _texts(tokenizer, data: str, limit: int, max_length: int, seed: int, store: 
     return found
 
 # %% ../../nbs/cli/50_quantize.ipynb #5ca38c47
+def _is_foreign(model: str) -> bool:
+    "Whether this is a checkpoint that somebody else quantized: a GGUF file, or a folder whose configuration says so."
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file(): return True
+    try: said = json.loads((path/"config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError): return False
+    return said.get("quant_method") not in (None, "aigc")
+
+
+def _take_in(model: str, out: str, store: Store, as_json: bool) -> None:
+    import tempfile
+    import aigc.quant.plugin  # noqa: F401  (registers the format)
+    from aigc.quant.importers import import_checkpoint
+    path = Path(model).expanduser()
+    work = store.writing("model", out or path.stem.replace(".", "-").lower(), inputs=[], card=dict(what=f"{path.name}, packed as it came", licence="", sources=[path.name]))
+    with work as folder, tempfile.TemporaryDirectory(dir=folder.parent) as near:
+        config = import_checkpoint(path, Path(near)/"made")
+        for file in (Path(near)/"made").iterdir(): file.rename(folder/file.name)
+    if as_json: return typer.echo(json.dumps({"artifact": work.artifact.ref, "source": str(path), "bytes": sum(f.size for f in work.artifact.files), "metrics": {}}, indent=1))
+    typer.echo(f"{work.artifact.ref} is saved ({config.bits} bits, groups of {config.group_size}); talk to it: aigc chat {work.artifact.ref.split('@')[0]}")
+
+
+def _drift_check(model: str, data: str, max_kl: float, max_length: int, seed: int, store: Store):
+    "A check for `save_quantized`: the drift from the source on held-out answers, and a refusal (exit code 3) above `max_kl`."
+    def check(quantized):
+        import random
+        from aigc.data.records import load_split
+        from aigc.evals.drift import answer_sequences, drift
+        from aigc.models.sources import load_model
+        source, tokenizer = load_model(model, store=store)
+        records = load_split(data, "test", store)
+        random.Random(seed).shuffle(records)
+        rows = [r for r in answer_sequences(tokenizer, records[:64]) if len(r[0]) <= max_length][:32]
+        if not rows: raise UsageError(f"no test row has at most {max_length} tokens", place=f"data '{data}'", remedy="set --max-length higher")
+        found = drift(quantized, source, rows, seed=seed)
+        typer.echo(f"drift from the source, on held-out answers: {found}", err=True)
+        if found.kl.mean > max_kl: raise GateError(f"the mean KL is {found.kl.mean:.4f}, at most {max_kl} is allowed", place=model, remedy="take method gptq, smaller groups or more bits, or raise --max-kl; nothing was saved")
+        return dict(kl_to_source=found.kl.mean, kl_p99=found.kl_p99)
+    return check
+
+
 def quantize_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an alias, a folder, a store reference or a Hub id")],
     format: Annotated[Format, typer.Option(help="bits of a weight: 4 in groups with integer zeros, or 8 with a scale per output")] = Format.w4a16,
@@ -42,9 +84,12 @@ def quantize_command(
     max_length: Annotated[int, typer.Option(min=2, help="tokens of a calibration row; a longer one is left out")] = 512,
     out: Annotated[str, typer.Option(help="name of the artifact; default: the model's name and the format")] = "",
     seed: Annotated[int, typer.Option(help="decides which rows")] = 42,
+    max_kl: Annotated[float, typer.Option(min=0, help="refuse to save a model whose mean KL to the source, in nats per answer token, is larger; 0: do not measure")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ):
     """Make a model smaller and save it as an artifact. It is loaded again and compared bit by bit before it counts.
+
+    A checkpoint that is quantized already (AWQ, GPTQ, compressed-tensors, or a GGUF file) is taken in as it is: its integers stay.
 
     Example: aigc quantize smollm2-135m --format w4a16 --data my.jsonl"""
     from aigc.data.records import dataset_ref
@@ -55,11 +100,13 @@ def quantize_command(
     given = {n: v for n, v in dict(method=method and method.value, group_size=group_size).items() if v is not None}
     config = QuantConfig.read(FORMATS[format.value].model_dump() | given)
     store = Store()
+    if _is_foreign(model): return _take_in(model, out, store, as_json)
     loaded, tokenizer = load_model(model, store=store)
     source, learns = model_ref(model, store), config.method != "rtn"
     report = quantize_model(loaded, config, _texts(tokenizer, data, limit, max_length, seed, store) if learns else None)
     texts, name = dataset_ref(data, store) if learns else "", out or f"{source.split('@')[0].rstrip('/').split('/')[-1]}-{format.value}"
     parameters = dict(model=model, data=data, limit=limit, max_length=max_length, seed=seed) | config.model_dump(mode="json")
-    artifact, _ = save_quantized(store, name, loaded, tokenizer, report, source=source, data=texts, parameters=parameters)
+    check = _drift_check(model, data, max_kl, max_length, seed, store) if max_kl else None
+    artifact, _ = save_quantized(store, name, loaded, tokenizer, report, source=source, data=texts, parameters=parameters | (dict(max_kl=max_kl) if max_kl else {}), check=check)
     if as_json: return typer.echo(json.dumps({"artifact": artifact.ref, "source": source, "bytes": sum(f.size for f in artifact.files), "metrics": artifact.metrics}, indent=1))
     typer.echo(f"{report}\n{artifact.ref} is saved; talk to it: aigc chat {artifact.ref.split('@')[0]}")

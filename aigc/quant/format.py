@@ -26,6 +26,8 @@ class QuantConfig(BaseModel):
     bits: Literal[4, 8] = 4
     group_size: int = Field(32, description="inputs that share a scale; -1: all inputs of an output")
     symmetric: bool = Field(False, description="no zeros: the middle of the range is zero")
+    float_zeros: bool = Field(False, description="zeros are fractions, as GGUF's Q4_1 has them, and lie unpacked in float32")
+    act_order: bool = Field(False, description="inputs belong to groups by an index (`weight_g_idx`), as GPTQ's act-order has it")
     method: Literal["rtn", "clip", "gptq"] = Field("rtn", description="how integers are chosen: nearest, nearest in the best range, or GPTQ")
     ignore: tuple[str, ...] | None = Field(None, description="linear layers that stay, by name or its last parts; None: the output head")
 
@@ -66,34 +68,51 @@ def tensor_shapes(config: QuantConfig, rows: int, columns: int) -> dict[str, tup
     "Shape and dtype of every tensor on disk for a weight `[rows, columns]`."
     groups, per_word = config.groups(columns), 32 // config.bits
     shapes = {"weight_packed": ((rows, -(-columns // per_word)), torch.int32), "weight_scale": ((rows, groups), torch.bfloat16), "weight_shape": ((2,), torch.int64)}
-    if not config.symmetric: shapes["weight_zero_point"] = ((-(-rows // per_word), groups), torch.int32)
+    if not config.symmetric: shapes["weight_zero_point"] = ((rows, groups), torch.float32) if config.float_zeros else ((-(-rows // per_word), groups), torch.int32)
+    if config.act_order: shapes["weight_g_idx"] = ((columns,), torch.int32)
     return shapes
 
 # %% ../../nbs/quant/00_format.ipynb #53eeb174
 class QuantTensor(NamedTuple):
-    "A quantized weight, not packed: integers `[N, K]` (uint8), scales `[N, groups]` (bf16), integer zeros `[N, groups]` (uint8) or None."
+    """A quantized weight, not packed: integers `[N, K]` (uint8), scales `[N, groups]` (bf16), zeros `[N, groups]` (uint8, or float32 fractions) or None.
+
+    g_idx: the group of every input, int32 `[K]`, or None: groups of neighbours."""
     q: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
+    g_idx: Tensor | None = None
+
+    @property
+    def order(self) -> Tensor | None:
+        "The inputs in the order in which groups are neighbours, or None when they are already."
+        return None if self.g_idx is None else torch.argsort(self.g_idx.long(), stable=True)
+
+    def ordered(self) -> "QuantTensor":
+        "The same weight with its inputs in that order."
+        return self if self.g_idx is None else QuantTensor(self.q[:, self.order], self.scales, self.zeros, self.bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         "The weight `[N, K]` that the numbers stand for."
-        return dequantize(self.q, self.scales, self.zeros, bits=self.bits, dtype=dtype)
+        weight = dequantize(self.ordered().q, self.scales, self.zeros, bits=self.bits, dtype=dtype)
+        return weight if self.g_idx is None else weight[:, torch.argsort(self.order)]
 
     def to_disk(self) -> dict[str, Tensor]:
         "The tensors on disk, by their names."
         tensors = {"weight_packed": pack_int32(self.q, self.bits), "weight_scale": self.scales.to(torch.bfloat16), "weight_shape": torch.tensor(self.q.shape)}
-        if self.zeros is not None: tensors["weight_zero_point"] = pack_zeros(self.zeros, self.bits)
+        if self.zeros is not None: tensors["weight_zero_point"] = self.zeros.float() if self.zeros.is_floating_point() else pack_zeros(self.zeros, self.bits)
+        if self.g_idx is not None: tensors["weight_g_idx"] = self.g_idx.to(torch.int32)
         return tensors
 
     @classmethod
     def from_disk(cls, tensors: dict[str, Tensor], bits: int, rows: int, columns: int) -> "QuantTensor":
         "The inverse of `to_disk`."
         zeros = tensors.get("weight_zero_point")
-        return cls(unpack_int32(tensors["weight_packed"], bits, columns), tensors["weight_scale"], None if zeros is None else unpack_zeros(zeros, bits, rows), bits)
+        if zeros is not None and not zeros.is_floating_point(): zeros = unpack_zeros(zeros, bits, rows)
+        return cls(unpack_int32(tensors["weight_packed"], bits, columns), tensors["weight_scale"], zeros, bits, tensors.get("weight_g_idx"))
 
     def __repr__(self):
         (rows, columns), (_, groups) = self.q.shape, self.scales.shape
         size = sum(t.numel() * t.element_size() for n, t in self.to_disk().items() if n != "weight_shape")
-        return f"QuantTensor {rows}×{columns}, {self.bits} bits, groups of {columns//groups}, {'symmetric' if self.zeros is None else 'integer zeros'}: {size/(2*rows*columns):.1%} of bf16"
+        zeros = "symmetric" if self.zeros is None else "float zeros" if self.zeros.is_floating_point() else "integer zeros"
+        return f"QuantTensor {rows}×{columns}, {self.bits} bits, groups of {columns//groups}, {zeros}: {size/(2*rows*columns):.1%} of bf16"

@@ -31,8 +31,10 @@ class QuantLinear(nn.Module):
         for name, (shape, kind) in tensor_shapes(config, out_features, in_features).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=False))
         if config.symmetric: self.weight_zero_point = None
+        if not config.act_order: self.weight_g_idx = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._layout: tuple[Tensor, Tensor] | None = None
+        self._order: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, tensor: QuantTensor, config: QuantConfig) -> "QuantLinear":
@@ -50,11 +52,13 @@ class QuantLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         "The weight `[N, K]` in bf16."
+        if self.weight_g_idx is not None or (self.weight_zero_point is not None and self.weight_zero_point.is_floating_point()): return self.quant_tensor().dequantize(torch.bfloat16)
         return dequantize_packed(self.weight_packed, self.weight_scale, self.weight_zero_point, bits=self.bits, columns=self.in_features)
 
     def prepare(self) -> None:
         "Make the layout of the device that the layer is on; `forward` does it when it is missing."
         tensor = self.quant_tensor()
+        self._order, tensor = tensor.order, tensor.ordered()
         self._layout = w4_layout(tensor.q, tensor.scales, tensor.zeros, self.group_size) if self.bits == 4 else w8_layout(tensor.q, tensor.scales, tensor.zeros)
 
     def _apply(self, fn, recurse=True):
@@ -70,12 +74,13 @@ class QuantLinear(nn.Module):
         if rows.shape[0] >= DENSE_ROWS and x.device.type == "cpu": y = F.linear(rows.to(torch.bfloat16), self.dequantize()).to(x.dtype)
         else:
             if self._layout is None: self.prepare()
+            if self._order is not None: rows = rows[:, self._order]
             y = w4a16_mm(rows, *self._layout, self.group_size) if self.bits == 4 else w8a16_mm(rows, *self._layout)
         if self.bias is not None: y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
-        zeros = "symmetric" if self.weight_zero_point is None else "integer zeros"
+        zeros = "symmetric" if self.weight_zero_point is None else "float zeros" if self.weight_zero_point.is_floating_point() else "integer zeros"
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}, {zeros}, bias={self.bias is not None}"
 
 # %% ../../nbs/quant/10_layers.ipynb #0f435f79

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'CPU_GROUPS', 'pack_int32', 'unpack_int32', 'pack_zeros', 'unpack_zeros', 'dequantize', 'dequantize_packed',
-           'pack_blocks', 'unpack_blocks', 'blocks_layout', 'cpu_int4_fits', 'cpu_int4_layout']
+           'pack_blocks', 'unpack_blocks', 'block_group', 'blocks_layout', 'cpu_group', 'cpu_int4_fits',
+           'cpu_int4_layout']
 
 # %% ../../nbs/kernels/00_packing.ipynb #d867435b
 import torch
@@ -84,27 +85,50 @@ def unpack_blocks(words: Tensor, columns: int) -> Tensor:
     return q.permute(1, 0, 3, 2, 4).reshape(rows, blocks * BLOCK)[:, :columns].to(torch.uint8)
 
 # %% ../../nbs/kernels/00_packing.ipynb #bb390d56
+def block_group(group_size: int, columns: int) -> int:
+    "The group of the CUDA layout for groups of `group_size`: itself, a divisor that the kernel knows, the padded width for one scale per output; 0 when there is none."
+    if group_size >= columns: return columns + -columns % BLOCK
+    if group_size % BLOCK == 0: return group_size
+    return next((g for g in (64, 32) if group_size % g == 0), 0)
+
+
+def _repeated(scales: Tensor, zeros: Tensor | None, times: int) -> tuple[Tensor, Tensor | None]:
+    "Every group cut into `times` groups with the same scale and zero."
+    return scales.repeat_interleave(times, 1), None if zeros is None else zeros.repeat_interleave(times, 1)
+
+
 def blocks_layout(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
     """The CUDA layout of a 4-bit weight: `(words [blocks, N, 16] int32, scales [2, groups, N])`; plane 0 scales, plane 1 zeros.
 
-    A group is 32, 64 or a multiple of 128 inputs; 0 scales stand for the padding."""
+    A group is a multiple of 32 inputs, or all of them; 0 scales stand for the padding. Zeros may be fractions: then the planes are as wide as they need to be."""
     rows, columns = q.shape
+    group = block_group(group_size, columns)
+    if not group: raise ValueError(f"blocks_layout: groups of {group_size} inputs; the CUDA layout knows multiples of 32, and one group for all inputs")
+    if group < min(group_size, columns): scales, zeros = _repeated(scales, zeros, group_size // group)
     if zeros is None: zeros = torch.full_like(scales, 8)
-    padding = (columns + -columns % BLOCK) // group_size - scales.shape[1] if group_size < BLOCK else 0
-    planes = torch.stack((scales.t(), zeros.t().to(scales.dtype)))
-    return pack_blocks(q), F.pad(planes, (0, 0, 0, padding)).contiguous()
+    wide = torch.promote_types(scales.dtype, zeros.dtype) if zeros.is_floating_point() else scales.dtype
+    planes = torch.stack((scales.t().to(wide), zeros.t().to(wide)))
+    return pack_blocks(q), F.pad(planes, (0, 0, 0, -(-columns // BLOCK) * BLOCK // group - scales.shape[1])).contiguous()
 
 # %% ../../nbs/kernels/00_packing.ipynb #438ea358
 CPU_GROUPS = (32, 64, 128, 256)
 
 
+def cpu_group(group_size: int, columns: int) -> int:
+    "The widest group of torch's int4 CPU kernel that divides groups of `group_size`; 0 when there is none."
+    group_size = min(group_size, columns)
+    return next((g for g in reversed(CPU_GROUPS) if group_size % g == 0 and columns % g == 0), 0)
+
+
 def cpu_int4_fits(rows: int, columns: int, group_size: int) -> bool:
     "Whether torch's int4 CPU kernel takes an `[rows, columns]` weight."
-    return rows % 16 == 0 and group_size in CPU_GROUPS and columns % group_size == 0
+    return rows % 16 == 0 and columns % group_size == 0 and cpu_group(group_size, columns) > 0
 
 
 def cpu_int4_layout(q: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
     "The CPU layout of a 4-bit weight: `(uint8 [N, K/2] in torch's order, bf16 [groups, N, 2]: scale and offset)`."
+    size = q.shape[1] // scales.shape[1]
+    scales, zeros = _repeated(scales, zeros, size // cpu_group(size, q.shape[1]))
     middle = torch.full_like(scales, 8, dtype=torch.float32) if zeros is None else zeros.float()
     offsets = (8 - middle) * scales.float()
     pairs = torch.stack((scales.float(), offsets), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
