@@ -37,7 +37,7 @@ def _split(data: str, limit: int, held_out: int, seed: int = 42) -> tuple[list, 
     asked = {normal(r.ask) for r in held[:held_out]}
     return [r for r in records if normal(r.ask) not in asked][:limit or None], held[:held_out]
 
-# %% ../../nbs/cli/94_bench_train.ipynb #27190467
+# %% ../../nbs/cli/94_bench_train.ipynb #97db1bb6
 def step_times(model: str, records: list, *, pairs: int = 12, batch_size: int = 8, max_length: int = 256, folder: str | Path = "") -> dict[str, Any]:
     "Seconds of a step, ours and plain TRL's, on the same batches, alternated; the first pair warms up. `ratio`: ours over TRL's with its 95 % interval."
     import tempfile
@@ -58,7 +58,7 @@ def step_times(model: str, records: list, *, pairs: int = 12, batch_size: int = 
         theirs = SFTTrainer(model=loaded, args=SFTConfig(**trl_arguments(config, str(work/"trl"))), train_dataset=_dataset(rows), processing_class=tokenizer, peft_config=LoraConfig(**lora_arguments(config)))
         batches = [ours.data_collator([ours.train_dataset[i] for i in range(s, s + batch_size)]) for s in range(0, len(ours.train_dataset) - batch_size + 1, batch_size)][:pairs + 1]
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
-        for trainer in (ours, theirs): trainer.create_optimizer_and_scheduler(len(batches)); trainer.model.train()
+        for trainer in (ours, theirs): trainer.current_gradient_accumulation_steps = 1; trainer.create_optimizer_and_scheduler(len(batches)); trainer.model.train()
         for n, batch in enumerate(batches):
             for name, trainer in ((("ours", ours), ("trl", theirs)) if n % 2 else (("trl", theirs), ("ours", ours))):
                 with answer_positions_only() if name == "ours" else _plain():
