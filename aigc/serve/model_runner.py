@@ -279,7 +279,7 @@ class ModelRunner:
         self.place.caches = self.caches
         quantized = any(hasattr(m, "quant_tensor") for m in model.modules())
         self.head_kind = head if head != "auto" else "int8" if quantized and self.device.type == "cpu" else "model"
-        self.hand, self.hand_reason, self.graphs = None, "switched off", {}
+        self.hand, self.hand_reason = None, "switched off"
         with torch.inference_mode():
             if hand == "auto": self._try_by_hand()
             weight = model.get_output_embeddings().weight
