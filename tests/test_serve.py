@@ -65,7 +65,7 @@ def test_the_openai_client_gets_what_the_model_says(served, folder):
     events = list(ask(client, stream=True, stream_options={"include_usage": True}))
     assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == local.text
     assert events[0].choices[0].delta.role == "assistant" and events[-2].choices[0].finish_reason == local.finish_reason
-    assert events[-1].choices == [] and events[-1].usage == whole.usage and all(e.usage is None for e in events[:-1])
+    assert events[-1].choices == [] and events[-1].usage.total_tokens == whole.usage.total_tokens and all(e.usage is None for e in events[:-1])
     assert len({e.id for e in events}) == 1 and events[0].object == "chat.completion.chunk"
     assert OpenAIGenerator(f"{served.url}/v1", "tiny-model").generate([Request(messages=HI, max_tokens=12)])[0] == local.model_copy(update={"token_ids": []})  # ids are told to who asks for log-probabilities
 
