@@ -67,7 +67,9 @@ def test_the_openai_client_gets_what_the_model_says(served, folder):
     assert events[0].choices[0].delta.role == "assistant" and events[-2].choices[0].finish_reason == local.finish_reason
     assert events[-1].choices == [] and events[-1].usage.total_tokens == whole.usage.total_tokens and all(e.usage is None for e in events[:-1])
     assert len({e.id for e in events}) == 1 and events[0].object == "chat.completion.chunk"
-    assert OpenAIGenerator(f"{served.url}/v1", "tiny-model").generate([Request(messages=HI, max_tokens=12)])[0] == local.model_copy(update={"token_ids": []})  # ids are told to who asks for log-probabilities
+    remote = OpenAIGenerator(f"{served.url}/v1", "tiny-model").generate([Request(messages=HI, max_tokens=12)])[0]
+    assert remote == local.model_copy(update={"token_ids": [], "cached_tokens": remote.cached_tokens})  # ids are told to who asks for log-probabilities
+    assert 0 < remote.cached_tokens < remote.prompt_tokens                            # the third time, most of the prompt was there
 
 
 def test_sampling_fields_work(served):
