@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("aigc.cli.eval:eval_app", "Measure models, with intervals.", "Stages"),
     "serve": ("aigc.cli.serve:serve_command", "Serve a model behind the OpenAI protocol.", "Serving"),
     "chat": ("aigc.cli.serve:chat_command", "Talk to a model or an endpoint.", "Serving"),
+    "batch": ("aigc.cli.batch:batch_command", "Answer a file of requests, one a line.", "Serving"),
     "release": ("aigc.cli.release:release_app", "Releases: create, list, promote, rollback, history.", "Serving"),
     "gateway": ("aigc.cli.gateway:gateway_app", "Keys, limits, canaries: serve releases or other servers.", "Serving"),
     "deploy": ("aigc.cli.deploy:deploy_app", "Put a release on Modal.", "Serving"),
