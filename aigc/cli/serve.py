@@ -27,6 +27,7 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
                   port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
                   name: Annotated[list[str] | None, typer.Option(help="what clients call the model (default: its own name); once for each model")] = None,
                   upstream: Annotated[str, typer.Option(help="serve what this OpenAI-compatible server serves (vLLM, llama.cpp …; its key: AIGC_UPSTREAM_KEY); the models are then its models")] = "",
+                  adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="a LoRA adapter (folder or store reference) of the model, served as the model NAME; may be given again")] = None,
                   engine: Annotated[str, typer.Option(help="paged (our own) or transformers")] = "paged",
                   batch: Annotated[int, typer.Option(min=1, help="requests computed together")] = 8,
                   queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are refused with 429")] = 64,
@@ -43,10 +44,13 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
     from aigc.serve.server import Endpoint, bind, configured_keys, require_keys
     names = name or []
     if len(names) > max(1, len(models or [])): raise UsageError("there are more names than models", place="--name")
+    adapters = dict(a.partition("=")[::2] for a in adapter or [])
+    if adapters and (upstream or engine != "paged" or len(models or [""]) > 1): raise UsageError("adapters belong to one model on the paged engine", place="--adapter")
+    if len(adapters) < len(adapter or []) or not all(k and v for k, v in adapters.items()): raise UsageError("give NAME=PATH, each name once", place="--adapter")
     taken, keys = bind(host, port), configured_keys()
     require_keys(keys, taken)
     if upstream: engines = _upstream_engines(upstream, models or [""], names)
-    else: engines = _own_engines(models or [settings().model], names, engine, batch, queue)
+    else: engines = _own_engines(models or [settings().model], names, engine, batch, queue, adapters)
     try: endpoint = Endpoint(engines[0] if len(engines) == 1 else engines, taken, keys=keys, grace=grace)
     except Exception:
         for e in engines: e.stop()
@@ -55,7 +59,7 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
     endpoint.run()
 
 # %% ../../nbs/cli/70_serve.ipynb #39167d58
-def _own_engines(models: list[str], names: list[str], kind: str, batch: int, queue: int) -> list:
+def _own_engines(models: list[str], names: list[str], kind: str, batch: int, queue: int, adapters: dict[str, str]) -> list:
     from aigc.core.errors import UsageError
     from aigc.models.sources import ALIASES, model_path
     from aigc.serve.engine import model_engine, public_name
@@ -68,7 +72,7 @@ def _own_engines(models: list[str], names: list[str], kind: str, batch: int, que
         if _here(m): promised += require_fit(m, already=promised)
     engines = []
     try:
-        for m, n in zip(models, names): engines.append(model_engine(m, name=n, max_batch=batch, max_waiting=queue, engine=kind))
+        for m, n in zip(models, names): engines.append(model_engine(m, name=n, max_batch=batch, max_waiting=queue, engine=kind, **(dict(adapters=adapters) if adapters else {})))
     except Exception:
         for e in engines: e.stop()
         raise

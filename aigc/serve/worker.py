@@ -35,7 +35,8 @@ def _load(how: dict):
     if speculate:
         from aigc.serve.lookup import prompt_lookup
         how["propose"] = prompt_lookup(speculate)
-    core = LLM.load(how.pop("model"), **how).core
+    model = how.pop("model")
+    core = LLM.load(model, **how).core
     core.name = name
     if guided:
         try: from aigc.serve.guides import guide_compiler
@@ -43,7 +44,7 @@ def _load(how: dict):
         else: core.guides = guide_compiler(core.tokenizer, core.ends)
     if adapters:
         from aigc.serve.lora import load_adapters
-        load_adapters(core, adapters)
+        load_adapters(core, adapters, base=model, store=how.get("store"))
     return core
 
 
