@@ -57,7 +57,7 @@ def test(path: str = "", workers: int = 2) -> int:
 
     nbdev-test lets several notebooks share a process, so that one's monkey patches and registered operators reach the next. Here each gets a fork of its own
     from a parent that has imported the slow libraries."""
-    import multiprocessing
+    import multiprocessing.connection
     import os
     import tempfile
     from nbdev.doclinks import nbglob
@@ -65,10 +65,19 @@ def test(path: str = "", workers: int = 2) -> int:
     files = sorted(Path(f).absolute() for f in nbglob(path or None, as_path=True))
     warm()
     os.chdir(get_config().nbs_path)
-    failed = []
-    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
-        for name, passed, seconds in pool.imap_unordered(_one, files, chunksize=1):
-            print(f"{'ok    ' if passed else 'FAILED'} {seconds:5.1f} s  {name}", flush=True)
+    failed, waiting, running, context = [], files[::-1], {}, multiprocessing.get_context("fork")
+    while waiting or running:
+        while waiting and len(running) < workers:
+            notebook, (ours, theirs) = waiting.pop(), context.Pipe(duplex=False)
+            child = context.Process(target=lambda f, pipe: pipe.send(_one(f)), args=(notebook, theirs))
+            child.start(); theirs.close()
+            running[child.sentinel] = child, ours, notebook
+        for sentinel in multiprocessing.connection.wait([*running]):
+            child, ours, notebook = running.pop(sentinel)
+            try: name, passed, seconds = ours.recv()
+            except EOFError: name, passed, seconds = str(notebook.relative_to(get_config().nbs_path)), False, 0.0  # killed by a signal: a pool would wait for it for ever
+            child.join()
+            print(f"{'ok    ' if passed else 'FAILED'} {seconds:5.1f} s  {name}" + (f"  (exit code {child.exitcode})" if child.exitcode else ""), flush=True)
             if not passed: failed.append(name)
     print(f"notebooks: {len(files) - len(failed)} passed, {len(failed)} failed", flush=True)
     return len(failed)

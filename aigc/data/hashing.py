@@ -171,7 +171,7 @@ def jaccard_pairs(texts: list[bytes], left: np.ndarray, right: np.ndarray, ngram
     return out
 
 # %% ../../nbs/data/36_hashing.ipynb #dc7ee501
-@nb.njit(cache=True, nogil=True)
+@nb.njit(nogil=True)  # not cached: numba 0.68 crashes in the copy of this one that it reads back from the disk
 def _repeated(data, a, b, out):
     "`out[0:3]`: share of tokens in the most frequent 2-, 3-, 4-gram; `out[3:9]`: share of tokens in 5- to 10-grams that repeat."
     tokens = np.empty(b - a + 1, np.uint64)
