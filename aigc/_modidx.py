@@ -699,7 +699,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'aigc.data.split.split': ('data/split.html#split', 'aigc/data/split.py')},
             'aigc.data.stable': { 'aigc.data.stable._by_time': ('data/stable.html#_by_time', 'aigc/data/stable.py'),
                                   'aigc.data.stable._fill': ('data/stable.html#_fill', 'aigc/data/stable.py'),
-                                  'aigc.data.stable._joined': ('data/stable.html#_joined', 'aigc/data/stable.py'),
                                   'aigc.data.stable._key': ('data/stable.html#_key', 'aigc/data/stable.py'),
                                   'aigc.data.stable._near': ('data/stable.html#_near', 'aigc/data/stable.py'),
                                   'aigc.data.stable.side': ('data/stable.html#side', 'aigc/data/stable.py'),

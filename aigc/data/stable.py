@@ -16,7 +16,7 @@ from ..core.errors import UsageError
 from .clean import Drop, drop
 from .minhash import InMemory, candidates, signatures, verify
 from .records import Record
-from .split import SHARES, asked
+from .split import SHARES, asked, components
 
 # %% ../../nbs/data/65_stable.ipynb #24487e68
 def side(key: str, shares: Mapping[str, float] = SHARES, *, seed: int = 42, stratum: str = "") -> str:
@@ -38,20 +38,6 @@ def _near(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
         if any(e): same[e].append(i)
     return [*map(tuple, good.tolist()), *((i, group[0]) for group in same.values() for i in group[1:])]
 
-
-def _joined(records: Sequence[Record], pairs) -> list[list[int]]:
-    parent = list(range(len(records)))
-    def find(i):
-        while parent[i] != i: parent[i] = parent[parent[i]]; i = parent[i]
-        return i
-    first = {}
-    for i, r in enumerate(records):
-        if r.group: a, b = find(i), find(first.setdefault(r.group, i)); parent[max(a, b)] = min(a, b)
-    for i, j in pairs: a, b = find(i), find(j); parent[max(a, b)] = min(a, b)
-    found = defaultdict(list)
-    for i in range(len(records)): found[find(i)].append(i)
-    return list(found.values())
-
 # %% ../../nbs/data/65_stable.ipynb #2fcb7e58
 def stable_split(records: Sequence[Record], *, seed: int = 42, shares: Mapping[str, float] = SHARES, threshold: float = 0.7, text: Callable[[Record], str] = asked, earlier: Mapping[str, Sequence[Record]] | None = None,
                  stratify: Callable[[Record], Any] | None = None, time: Callable[[Record], str] | None = None, cuts: Mapping[str, str] | None = None) -> tuple[dict[str, list[Record]], list[Drop]]:
@@ -68,7 +54,7 @@ def stable_split(records: Sequence[Record], *, seed: int = 42, shares: Mapping[s
     parts: dict[str, list[Record]] = {name: [] for name in shares}
     for r, name in old: parts.setdefault(name, []).append(r)
     drops, fresh = [], defaultdict(list)
-    for members in _joined(every, _near([text(r) for r in every], threshold)):
+    for members in components(every, _near([text(r) for r in every], threshold)):
         sides = {known[every[i].id] for i in members if i < len(old)}
         new = [i for i in members if i >= len(old)]
         if len(sides) > 1: drops += [drop(every[i], "split", "bridges_splits", ", ".join(sorted(sides))) for i in new]
