@@ -78,11 +78,11 @@ def test_humaneval_solutions_pass_and_stubs_fail():
         assert check("    pass\n", item.reference).score == 0, item.id
 
 
-def test_constraints_agree_with_the_original_checker(sample):
+def test_constraints_agree_with_the_original_checker(sample, monkeypatch):
     "IFEval's own code, from lm-evaluation-harness, on real prompts and answers: every verdict that it reaches without downloading anything."
     pytest.importorskip("lm_eval") if os.environ.get("AIGC_REQUIRE") != "all" else None
     from aigc.evals.constraints import check_constraints
-    os.environ["LOCAL_RANK"] = "1"  # rank 0 would try to download NLTK's data at import
+    monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 would try to download NLTK's data at import
     from lm_eval.tasks.ifeval import instructions_registry
     answers = [r["output"] for r in json.loads(sample("instruction/raschka_instruction_1100.json").read_text(encoding="utf-8"))][:120:6]
     rows = [json.loads(line) for line in sample("eval/ifeval_input_data.jsonl").read_text(encoding="utf-8").splitlines()][::6]
