@@ -27,7 +27,8 @@ llama_cpp() {  # a native build: every instruction this processor has
   if [ ! -d "$PEERS/llama.cpp-src" ]; then
     "$tools/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: --dest "$PEERS" "llama-cpp-python==$version" 2>/dev/null ||
       "$tools/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$PEERS" "llama-cpp-python==$version"
-    tar -xzmf "$PEERS/llama_cpp_python-$version.tar.gz" -C "$PEERS"  # -m: ninja never ends where the archive's times lie ahead of this clock
+    tar -xzf "$PEERS/llama_cpp_python-$version.tar.gz" -C "$PEERS"
+    rm -f "$PEERS/llama_cpp_python-$version/vendor/llama.cpp/.git"  # names a repository that the archive lacks: ninja would wait for it for ever
     ln -sfn "llama_cpp_python-$version/vendor/llama.cpp" "$PEERS/llama.cpp-src"
   fi
   PATH="$tools:$PATH" cmake -S "$PEERS/llama.cpp-src" -B "$PEERS/llama.cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
