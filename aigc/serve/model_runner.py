@@ -148,7 +148,7 @@ AttentionInterface.register("aigc_paged", _aigc_paged)
 
 # %% ../../nbs/serve/23_model_runner.ipynb #a2e3f20c
 def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8), torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
