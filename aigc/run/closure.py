@@ -32,27 +32,31 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def _settings_read(tree: ast.AST) -> set[str]:
-    "Names read from what `settings()` returned."
+def _settings_read(attributes: list[ast.Attribute], given: list[tuple[str, ast.AST]]) -> set[str]:
+    "Names read from what `settings()` returned: directly, or from a variable that holds it."
     call = lambda n: isinstance(n, ast.Call) and (getattr(n.func, "id", "") == "settings" or getattr(n.func, "attr", "") == "settings")
-    held = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) and call(n.value) for t in n.targets if isinstance(t, ast.Name)}
-    held |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.NamedExpr) and call(n.value)}
-    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in Settings.model_fields and (call(n.value) or isinstance(n.value, ast.Name) and n.value.id in held)}
+    held = {name for name, value in given if call(value)}
+    return {n.attr for n in attributes if call(n.value) or isinstance(n.value, ast.Name) and n.value.id in held}
 
 
 def read_source(text: str, package: str = "") -> Source:
     "What a piece of Python imports, names and reads; `package` is the one that relative imports start from. Text that is not Python says nothing."
     try: tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", text, flags=re.MULTILINE) if not package else text)
     except SyntaxError: return Source()
-    imports, named, prefixes = set(), set(), set()
+    imports, named, prefixes, attributes, given = set(), set(), set(), [], []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): imports |= {(a.name, "") for a in node.names}
-        elif isinstance(node, ast.ImportFrom): imports |= {(_absolute(node, package), a.name) for a in node.names}
-        elif isinstance(node, ast.JoinedStr) and node.values and isinstance(first := node.values[0], ast.Constant) and isinstance(first.value, str):
+        kind = type(node)  # this walk is most of the time of a plan: one look at each node
+        if kind is ast.Attribute:
+            if node.attr in Settings.model_fields: attributes.append(node)
+        elif kind is ast.Constant:
+            if type(node.value) is str and "." in node.value and _DOTTED.fullmatch(node.value): named.add((package if node.value.startswith(".") else "") + node.value.partition(":")[0])
+        elif kind is ast.Assign: given += [(t.id, node.value) for t in node.targets if isinstance(t, ast.Name)]
+        elif kind is ast.NamedExpr: given.append((node.target.id, node.value))
+        elif kind is ast.Import: imports |= {(a.name, "") for a in node.names}
+        elif kind is ast.ImportFrom: imports |= {(_absolute(node, package), a.name) for a in node.names}
+        elif kind is ast.JoinedStr and node.values and isinstance(first := node.values[0], ast.Constant) and isinstance(first.value, str):
             if re.match(r"(\w+\.)+", first.value): prefixes.add(first.value.rpartition(".")[0])
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value and _DOTTED.fullmatch(node.value):
-            named.add((package if node.value.startswith(".") else "") + node.value.partition(":")[0])
-    return Source(tuple(sorted(imports)), tuple(sorted(named)), tuple(sorted(prefixes)), tuple(sorted(_settings_read(tree))))
+    return Source(tuple(sorted(imports)), tuple(sorted(named)), tuple(sorted(prefixes)), tuple(sorted(_settings_read(attributes, given))))
 
 
 @functools.lru_cache(4096)
@@ -66,6 +70,9 @@ def _file(path: Path, package: str = "") -> tuple[Source, str]:
     return _read_file(str(path), stat.st_mtime_ns, stat.st_size, package)
 
 # %% ../../nbs/run/35_closure.ipynb #64324fd8
+_LIBRARIES = {"site-packages", "dist-packages"}  # also those of another environment, which a path file or PYTHONPATH may lead to
+
+
 @functools.lru_cache(512)
 def _root(top: str) -> Path | None:
     "The folder (of a package) or file (of a module) of our own code called `top`, or None."
@@ -74,8 +81,8 @@ def _root(top: str) -> Path | None:
     if spec is None or not (spec.submodule_search_locations or spec.origin and spec.origin.endswith(".py")): return None
     path = Path(next(iter(spec.submodule_search_locations))) if spec.submodule_search_locations else Path(spec.origin)
     if top in ("aigc", "aigc_kernels"): return path
-    installed = {Path(p).resolve() for p in [*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()] if p}
-    return None if installed & {path.resolve(), *path.resolve().parents} else path
+    real, installed = path.resolve(), {Path(p).resolve() for p in [*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()] if p}
+    return None if installed & {real, *real.parents} or _LIBRARIES & set(real.parts) else path
 
 
 def _module(name: str) -> tuple[Path, str] | None:
