@@ -66,18 +66,26 @@ def _timed(step: Callable[[], Any], tokens: int, begin: Callable[[], Any]) -> fl
     return tokens / (time.perf_counter() - start)
 
 
-def ours(model, batches: list[int], prompt: int, tokens: int, head_bits: int) -> Program:
-    "Our decoder on a quantized model of the Llama family."
+def ours(loaded, name: str, batches: list[int], prompt: int, tokens: int, head: str) -> Program:
+    "The engine, greedily, on a loaded `(model, tokenizer)`; head: \"int8\" or \"model\" (as it is)."
     import torch
-    from aigc.quant.decode import Decoder
-    decoders = {b: Decoder(model, batch=b, max_length=prompt + tokens + 8, head_bits=head_bits) for b in batches}
+    from aigc.models.generate import Request
+    from aigc.serve.llm import EngineCore
+    engine = EngineCore(*loaded, max_running=max(batches), max_tokens=max(256, prompt), head=head)
     def speed(batch):
-        decoder, ids, last = decoders[batch], torch.randint(3, 1000, (batch, prompt)), torch.zeros(batch, 1, dtype=torch.long)
-        def step(): last.copy_(decoder.step(last).argmax(-1, keepdim=True))
-        def begin(): decoder.prefill(ids); step()
-        return batch * _timed(step, tokens, begin)
-    first = decoders[batches[0]]
-    return Row("aigc W4A16", f"{first.layers[0][1].bits_in_memory:.1f}", f"{first.head.bits_in_memory:.1f}"), lambda: {b: speed(b) for b in batches}
+        for i in range(batch): engine.add(engine.prepare(i, Request(prompt=torch.randint(3, 1000, (prompt,)).tolist(), max_tokens=tokens + 2, ignore_eos=True, temperature=0)))
+        while any(len(s.tokens) <= prompt for s in engine.sequences.values()): engine.step()
+        engine.step()
+        before, start = engine.generated, time.perf_counter()
+        while len(engine.sequences) == batch: engine.step()
+        took = time.perf_counter() - start
+        found = (engine.generated - before)/took
+        while engine.busy: engine.step()
+        return found
+    model, quantized = loaded[0], [m for m in loaded[0].modules() if hasattr(m, "quant_tensor")]
+    own = str(8*next(model.parameters()).element_size())
+    bits = f"{quantized[0].bits + 32/quantized[0].group_size:.1f}" if quantized else own   # a scale and a zero of 16 bits for each group
+    return Row(name, bits, "8" if head == "int8" else own), lambda: {b: speed(b) for b in batches}
 
 
 def transformers_program(model, name: str, batches: list[int], prompt: int, tokens: int) -> Program:
@@ -197,7 +205,7 @@ def figures(rows: list[Row], batches: list[int]) -> dict[str, Any]:
     for b in batches:
         found[f"decode_b{b}_tok_s"] = mine.speed(b)
         for r in others: found[f"{'llama_cpp' if r.name == 'llama.cpp Q4_1' else r.name.lower().replace('.', '_').replace(' ', '_').replace('-', '_')}_b{b}_tok_s"] = r.speed(b)
-        known = {r.name: r.speed(b) for r in others if r.speed(b)}
+        known = {r.name: r.speed(b) for r in others if r.speed(b) and not r.name.startswith("aigc")}
         best = max(known, key=known.get, default=None)
         for key, name in (("llama_cpp", "llama.cpp Q4_1"), ("transformers_fp32", "transformers fp32"), ("best_peer", best)):
             found[f"ratio_{key}_b{b}"] = mine.speed(b) / known[name] if name in known and mine.speed(b) else None
@@ -213,13 +221,14 @@ def decode_command(
     tokens: Annotated[int, typer.Option(min=2, help="tokens to decode")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
     seconds: Annotated[float, typer.Option(min=1, help="begin no round that would end later")] = 480.0,
-    head_bits: Annotated[int, typer.Option(help="bits of our output head: 16, 8 or 4")] = 8,
+    head_bits: Annotated[int, typer.Option(help="bits of the output head beside our 4-bit weights: 16 or 8")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="threads of everybody; 0: all cores")] = 0,
     only: Annotated[str, typer.Option(help="programs to run beside ours: some of llama.cpp, openvino, onnxruntime, transformers")] = "llama.cpp,openvino,onnxruntime,transformers",
 ):
     """Decode on this machine's CPU: our 4-bit weights beside the peers of `make peers`, in one run.
 
     Example: aigc bench decode --batch 1,8"""
+    if head_bits not in (8, 16): raise UsageError(f"an output head of {head_bits} bits is not known", place="--head-bits", remedy="take 8 or 16")
     known = ("llama.cpp", "openvino", "onnxruntime", "transformers")
     chosen = [n for n in only.split(",") if n]
     if wrong := [n for n in chosen if n not in known]: raise UsageError(f"there is no peer '{wrong[0]}'", place="--only", remedy=f"take some of {', '.join(known)}")
@@ -237,16 +246,18 @@ def decode_command(
 
 def _programs(model: str, chosen: list[str], batches: list[int], prompt: int, tokens: int, head_bits: int, threads: int) -> list[Program]:
     import copy
+    import torch
     from aigc.core.settings import settings
     from aigc.models.sources import GGUF, load_model, model_path
     from aigc.quant.format import FORMATS
     from aigc.quant.methods import quantize_model
-    loaded, _ = load_model(model, device="cpu")
+    loaded, tokenizer = load_model(model, dtype=torch.bfloat16, device="cpu")
     found, gguf = [], Path(settings().cache)/"smollm2-135m"/GGUF
     short = max(2, tokens // 3)                                            # transformers is slow: a third of the tokens tells it
     if "transformers" in chosen: found += [transformers_program(copy.deepcopy(loaded).float(), "transformers fp32", batches, prompt, short), transformers_program(copy.deepcopy(loaded).bfloat16(), "transformers bf16", batches, prompt, short)]
+    found.insert(0, ours((copy.deepcopy(loaded), tokenizer), "aigc bf16", batches, prompt, tokens, "model"))
     quantize_model(loaded, FORMATS["w4a16"].model_copy(update={"method": "rtn"}))
-    found.insert(0, ours(loaded, batches, prompt, tokens, head_bits))
+    found.insert(0, ours((loaded, tokenizer), "aigc W4A16", batches, prompt, tokens, "int8" if head_bits == 8 else "model"))
     if model == "smollm2-135m":
         if "llama.cpp" in chosen: found += [llama_cpp(gguf, kind, batches, prompt, tokens, threads) for kind in _BITS]
         arguments = (json.dumps(batches), prompt, tokens, threads)
