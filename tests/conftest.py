@@ -1,5 +1,5 @@
 """Shared by all tests: one thread, no colours, and skips that `AIGC_REQUIRE=all` turns into failures."""
-import os
+import os, secrets, shutil, signal, socket, subprocess, time, urllib.error, urllib.request
 from pathlib import Path
 
 import pytest
@@ -27,3 +27,31 @@ def sample():
         if not path.exists(): missing(f"the sample data {name}")
         return path
     return find
+
+
+@pytest.fixture(scope="session")
+def label_studio(tmp_path_factory):
+    "`(url, token)` of a real Label Studio server with an empty database, started once and stopped at the end; from `kernels/bench/peers.sh label-studio`. Tests that ask for it carry the markers `slow` and `services`."
+    peers = Path(os.environ.get("AIGC_PEERS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"aigc/peers")
+    program = peers/"label-studio/bin/label-studio"
+    if not program.exists(): missing("Label Studio (run: kernels/bench/peers.sh label-studio)")
+    folder, token = tmp_path_factory.mktemp("label-studio"), secrets.token_hex(20)
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true", "SSRF_PROTECTION_ENABLED": "false", "COLLECT_ANALYTICS": "false", "SENTRY_DSN": "", "FRONTEND_SENTRY_DSN": ""}
+    words = ["start", "--no-browser", "--data-dir", str(folder), "--internal-host", "127.0.0.1", "--port", str(port), "--username", "a@example.org", "--password", token, "--user-token", token]
+    with open(folder/"log.txt", "wb") as log: server = subprocess.Popen([str(program), *words], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            try:
+                with urllib.request.urlopen(urllib.request.Request(f"{url}/api/projects/", headers={"Authorization": f"Token {token}"}), timeout=5): break
+            except (urllib.error.URLError, OSError):
+                if server.poll() is not None or time.monotonic() > end: pytest.fail("Label Studio does not answer: " + (folder/"log.txt").read_text(errors="replace")[-800:], pytrace=False)
+                time.sleep(.5)
+        yield url, token
+    finally:
+        if server.poll() is None: os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .eval_people import blind_command, judge_command, votes_command
 from .store import print_json, size_text
 from ..core.errors import AigcError, GateError, UsageError, unknown
 from ..core.settings import settings
@@ -53,7 +54,9 @@ def run_command(models: Annotated[list[str], typer.Argument(help="aliases, folde
                 max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48, batch_size: Batch = 16,
                 out: Annotated[Path | None, typer.Option(help="folder for the report and its items")] = None,
                 tasks: Annotated[str, typer.Option(help="comma-separated: gsm8k, mmlu, agieval_zh, ifeval, humaneval, or YAML files of your own")] = "",
-                harness: Annotated[str, typer.Option(help="lm-eval: run the tasks through lm-evaluation-harness")] = "",
+                harness: Annotated[str, typer.Option(help="lm-eval: run the tasks through lm-evaluation-harness; --tasks may then name its own")] = "",
+                include: Annotated[str, typer.Option(help="with --harness: a folder of the harness's YAML files, whose tasks --tasks names")] = "",
+                engine: Annotated[bool, typer.Option("--engine", help="answer with the serving engine: many questions at once")] = False,
                 endpoint: Annotated[str, typer.Option(help="base URL of an OpenAI-compatible server that has the model")] = "",
                 save: Annotated[str, typer.Option(help="keep the result as report/NAME")] = "",
                 no_cache: Annotated[bool, typer.Option("--no-cache", help="ask everything anew")] = False, as_json: Json = False):
@@ -62,9 +65,10 @@ def run_command(models: Annotated[list[str], typer.Argument(help="aliases, folde
     Example: aigc eval run smollm2-135m model/docs-sft --data pydocs --limit 64
 
     With --tasks, each model answers those tasks; --data is then the folder of their rows. Example: aigc eval run smollm2-135m --tasks mmlu,mine.yaml --data rows --limit 100 --save smollm2-mmlu"""
+    if include and not harness or engine and (harness or endpoint): raise UsageError("--include goes with --harness; --engine goes without --harness and --endpoint", place="aigc eval run", remedy="choose one")
     if harness not in ("", "lm-eval"): raise unknown("harness", harness, ["lm-eval"], place="--harness")
-    if tasks: return _run_tasks(models, tasks, "" if data == "pydocs" else data, limit=limit, batch_size=batch_size, out=out, harness=bool(harness), endpoint=endpoint, save=save, cache=not no_cache, as_json=as_json)
-    for name, value in (("--harness", harness), ("--endpoint", endpoint), ("--save", save)):
+    if tasks: return _run_tasks(models, tasks, "" if data == "pydocs" else data, limit=limit, batch_size=batch_size, out=out, harness=bool(harness), include=include, engine=engine, endpoint=endpoint, save=save, cache=not no_cache, as_json=as_json)
+    for name, value in (("--harness", harness), ("--include", include), ("--engine", engine), ("--endpoint", endpoint), ("--save", save)):
         if value: raise UsageError(f"{name} goes with --tasks", place="aigc eval run", remedy="name the tasks: --tasks mmlu")
     import aigc.quant.plugin  # noqa: F401  models in aigc's own quantized format
     from aigc.evals.compare import compare_models, label_models
@@ -82,35 +86,62 @@ def run_command(models: Annotated[list[str], typer.Argument(help="aliases, folde
 # %% ../../nbs/cli/60_eval.ipynb #3bee1dcc
 @eval_app.command("drift")
 def drift_command(a: Annotated[str, typer.Argument(help="the changed model")], b: Annotated[str, typer.Argument(help="the model it should still be like")], data: Data = "pydocs",
-                  split: Split = "test", limit: Limit = 64, batch_size: Batch = 8, as_json: Json = False):
-    """KL(A‖B) in nats per answer token, and how often both models' first choice is the same token.
+                  split: Split = "test", limit: Limit = 64, batch_size: Batch = 8, tasks: Annotated[str, typer.Option(help="also the differences on these tasks: names or YAML files, comma-separated")] = "",
+                  rows: Annotated[str, typer.Option(help="folder of the tasks' rows")] = "", out: Annotated[Path | None, typer.Option(help="folder for drift.html and the tasks' items")] = None, as_json: Json = False):
+    """KL(A‖B) in nats per answer token (mean, 99 %, largest), how often the first choice and the first five are the same, the perplexity ratio, the error by layer, and the differences on tasks.
 
-    Example: aigc eval drift model/docs-w4a16 model/docs-dpo --data pydocs"""
+    Example: aigc eval drift model/docs-w4a16 model/docs-dpo --data pydocs --tasks mmlu --rows rows --out drift"""
     import aigc.quant.plugin  # noqa: F401  models in aigc's own quantized format
     from aigc.data.records import load_split
     from aigc.evals.compare import drift_between, pick
+    from aigc.evals.suites import find_tasks
+    from aigc.evals.verdict import compare_runs, drift_page, verdict_lines
+    asked = find_tasks([n.strip() for n in tasks.split(",") if n.strip()], rows)  # their faults before the models' minutes
     drifted = drift_between(a, b, pick(load_split(data, split), limit, settings().seed), batch_size, Store())
-    if as_json: return print_json({"a": a, "b": b, "data": data, "split": split, **drifted.to_dict()})
+    runs = _run_each([b, a], asked, out or Path(settings().cache)/"evals", limit=limit, batch_size=batch_size) if asked else []
+    against = compare_runs(runs) if runs else []
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out/"drift.html").write_text(drift_page(drifted, a, b, runs), encoding="utf-8")
+    if as_json: return print_json({"a": a, "b": b, "data": data, "split": split, **drifted.to_dict(), "tasks": [{"task": x.task, "metric": x.metric, "p_holm": x.p_holm, **x.comparison.to_dict(), "verdict": x.verdict} for x in against]})
     typer.echo(str(drifted))
+    for line in verdict_lines(runs, against) if runs else []: typer.echo(line)
+    for x in against: typer.echo(f"{x.task:16} {x.comparison.difference.show('+.3f')} ({x.metric.replace('_', ' ')}), p = {x.p_holm:.3g} after Holm")
+    if out: typer.echo(f"the page: {out/'drift.html'}")
 
 # %% ../../nbs/cli/60_eval.ipynb #d41fe9a9
-def _run_tasks(models: list[str], names: str, data: str, *, limit: int, batch_size: int, out: Path | None, harness: bool, endpoint: str, save: str, cache: bool, as_json: bool) -> None:
-    import aigc.quant.plugin  # noqa: F401  models in aigc's own quantized format
-    from aigc.evals.board import run_suite, save_run
-    from aigc.evals.suites import find_tasks
-    from aigc.evals.verdict import compare_runs, read_run, verdict_lines, verdict_page
-    tasks = find_tasks([n.strip() for n in names.split(",") if n.strip()], data)
-    if save and len(models) > 1: raise UsageError("--save keeps one model's run", place="aigc eval run", remedy="run the models one by one")
-    base = out or Path(settings().cache)/"evals"
+def _run_each(models: list[str], tasks, base: Path, *, engine: bool = False, **how):
+    "The runs of all models on the tasks (names: the harness's own), each in a folder of its own below `base`."
+    from aigc.evals.board import run_harness_suite, run_suite
+    from aigc.evals.verdict import read_run
     folders = []
     for n, model in enumerate(models):
         label = model.split("@")[0].strip("/").replace("/", "-")
         folders.append(base/(label if label not in [f.name for f in folders] else f"{label}-{n + 1}"))
-        run_suite(model, tasks, folders[-1], endpoint=endpoint, limit=limit, seed=settings().seed, batch_size=batch_size, cache=cache, harness=harness)
-    runs = [read_run(str(f)) for f in folders]
-    page = base/"report.html" if len(runs) > 1 else folders[0]/"report.html"
-    page.write_text(verdict_page(runs), encoding="utf-8")
-    saved = save_run(folders[0], save) if save else ""
+        if isinstance(tasks[0], str): run_harness_suite(model, tasks, folders[-1], seed=settings().seed, **how)
+        else: run_suite(model, tasks, folders[-1], generator=_engine(model) if engine else None, seed=settings().seed, **how)
+    return [read_run(str(f)) for f in folders]
+
+
+def _engine(model: str):
+    from aigc.serve.llm import LLM
+    return LLM.load(model)
+
+
+def _run_tasks(models: list[str], names: str, data: str, *, out: Path | None, include: str, save: str, as_json: bool, **how) -> None:
+    import aigc.quant.plugin  # noqa: F401  models in aigc's own quantized format
+    from aigc.evals.board import run_links, save_run
+    from aigc.evals.suites import READY, find_tasks
+    from aigc.evals.verdict import compare_runs, verdict_lines, verdict_page
+    tasks = [n.strip() for n in names.split(",") if n.strip()]
+    if how["harness"] and (include or any(n not in READY and not n.endswith((".yaml", ".yml")) for n in tasks)): how = {k: how[k] for k in ("limit", "batch_size")} | dict(include=include)
+    else: tasks = find_tasks(tasks, data)
+    if save and len(models) > 1: raise UsageError("--save keeps one model's run", place="aigc eval run", remedy="run the models one by one")
+    base = out or Path(settings().cache)/"evals"
+    runs = _run_each(models, tasks, base, **how)
+    page = base/"report.html" if len(runs) > 1 else Path(runs[0].place)/"report.html"
+    page.write_text(verdict_page(runs, links=run_links(runs, page)), encoding="utf-8")
+    saved = save_run(runs[0].place, save) if save else ""
     if as_json: return print_json({"runs": [json.loads(r.summary.model_dump_json(by_alias=True)) for r in runs], "report": str(page), "artifact": saved})
     console = Console(highlight=False, force_jupyter=False)
     console.print(runs_table(runs))
@@ -132,6 +163,7 @@ def compare_command(runs: Annotated[list[str], typer.Argument(help="folders or r
     """Compare runs on the items they share: paired differences, Holm's correction, one page.
 
     Example: aigc eval compare report/base report/tuned --out comparison.html"""
+    from aigc.evals.board import run_links
     from aigc.evals.verdict import compare_runs, read_run, verdict_lines, verdict_page
     if len(runs) < 2: raise UsageError("there is nothing to compare with", place="aigc eval compare", remedy="name two runs")
     found = [read_run(r) for r in runs]
@@ -139,7 +171,7 @@ def compare_command(runs: Annotated[list[str], typer.Argument(help="folders or r
     if len(set(labels)) < len(labels): found = [read_run(name, label=f"{r.label} ({n + 1})") for n, (name, r) in enumerate(zip(runs, found))]
     against = compare_runs(found)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(verdict_page(found), encoding="utf-8")
+    out.write_text(verdict_page(found, links=run_links(found, out)), encoding="utf-8")
     if as_json: return print_json({"verdict": verdict_lines(found, against), "comparisons": [{"model": a.model, "task": a.task, "metric": a.metric, "p_holm": a.p_holm, "items": a.shared, "left_out": a.left_out, **a.comparison.to_dict(), "verdict": a.verdict} for a in against], "report": str(out)})
     for a in against: typer.echo(f"{a.task:16} {a.model}: {a.comparison.difference.show('+.3f')}, p = {a.p_holm:.3g} after Holm, {a.comparison.wins} better and {a.comparison.losses} worse of {a.shared} items: {a.verdict}")
     for line in verdict_lines(found, against): typer.echo(line)
@@ -171,6 +203,11 @@ def gate_command(policy: Annotated[Path, typer.Argument(help="a YAML file of rul
     if as_json: print_json(json.loads(verdict.model_dump_json(by_alias=True)))
     else: typer.echo(str(verdict))
     if not verdict.passed: raise GateError(f"{sum(not f.holds for f in verdict.findings)} of {len(verdict.findings)} rules do not hold", place=f"gate '{verdict.policy}'", remedy="see the reasons above")
+
+# %% ../../nbs/cli/60_eval.ipynb #fbf90505
+eval_app.command("judge")(judge_command)
+eval_app.command("blind")(blind_command)
+eval_app.command("votes")(votes_command)
 
 # %% ../../nbs/cli/60_eval.ipynb #96586c39
 @eval_app.command("power")

@@ -50,10 +50,18 @@ class LabelStudio:
         except urllib.error.HTTPError as e: raise AigcError(f"the server refused ({e.code}: {e.read()[:200].decode(errors='replace')})", place=self.url + path, remedy="check the token and that legacy tokens are enabled" if e.code == 401 else "") from e
         except (urllib.error.URLError, OSError) as e: raise AigcError(f"the server cannot be reached ({getattr(e, 'reason', e)})", place=self.url, remedy="start it: label-studio start") from e
 
-    def create(self, title: str, level: str = "basic") -> int:
-        "A project with the form of one level; returns its number. Raises `UsageError` for an unknown level."
-        if level not in TEMPLATES: raise unknown("level", level, TEMPLATES, place="annotate")
-        return self._call("POST", "/api/projects/", {"title": title, "label_config": TEMPLATES[level], "maximum_annotations": 3})["id"]
+    def create(self, title: str, level: str = "basic", *, form: str = "") -> int:
+        "A project with the form of one level, or with a `form` of your own (Label Studio's XML); returns its number. Raises `UsageError` for an unknown level."
+        if not form and level not in TEMPLATES: raise unknown("level", level, TEMPLATES, place="annotate")
+        return self._call("POST", "/api/projects/", {"title": title, "label_config": form or TEMPLATES[level], "maximum_annotations": 3})["id"]
+
+    def add(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> int:
+        "Send tasks as they are (`{data, predictions}`); returns how many the server took."
+        return self._call("POST", f"/api/projects/{project}/import?return_task_ids=false", list(tasks))["task_count"]
+
+    def export(self, project: int) -> list[dict[str, Any]]:
+        "The project's judged tasks, each with its `annotations`."
+        return self._call("GET", f"/api/projects/{project}/export?exportType=JSON") or []
 
     def push(self, project: int, records: Sequence[Record], predictions: Mapping[str, Mapping[str, tuple[str, float]]] | None = None) -> int:
         "Send records as tasks, with a model's guesses (`{record id: {field: (value, score)}}`) as pre-labels; returns how many the server took."
@@ -62,12 +70,12 @@ class LabelStudio:
             guess = (predictions or {}).get(r.id, {})
             result = [{"from_name": f, "to_name": "answer", "type": "choices", "value": {"choices": [v]}} for f, (v, _) in guess.items()]
             tasks.append({"data": {"id": r.id, "ask": r.ask, "answer": r.answer}} | ({"predictions": [{"model_version": "aigc", "score": min(s for _, s in guess.values()), "result": result}]} if result else {}))
-        return self._call("POST", f"/api/projects/{project}/import?return_task_ids=false", tasks)["task_count"]
+        return self.add(project, tasks)
 
     def pull(self, project: int) -> list[Judgement]:
         "Everything people have said so far, cancelled answers left out."
         return [Judgement(str(t["data"]["id"]), str(a.get("completed_by") if not isinstance(a.get("completed_by"), dict) else a["completed_by"].get("id")), one["from_name"], one["value"]["choices"][0])
-                for t in self._call("GET", f"/api/projects/{project}/export?exportType=JSON") or () for a in t.get("annotations", ()) if not a.get("was_cancelled") for one in a["result"] if one.get("value", {}).get("choices")]
+                for t in self.export(project) for a in t.get("annotations", ()) if not a.get("was_cancelled") for one in a["result"] if one.get("value", {}).get("choices")]
 
 # %% ../../nbs/data/86_annotate.ipynb #ca29a85f
 def krippendorff_alpha(units: Sequence[Sequence[Any]], level: Literal["nominal", "ordinal", "interval"] = "nominal") -> float:

@@ -8,7 +8,7 @@ __all__ = ['write_harness_task', 'run_harness', 'harness_scores', 'harness_resul
 # %% ../../nbs/evals/19_harness.ipynb #e3127d58
 import json, os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
@@ -55,18 +55,18 @@ def _offline():
 
 
 def run_harness(generator, names: Sequence[str], folder: str | Path, *, limit: int | None = None, batch_size: int | None = None, seed: int = 1234) -> dict:
-    "The harness's own result (`results`, `samples`, …) for tasks whose YAML files lie in `folder`, on a model in this process."
+    "The harness's own result (`results`, `samples`, …) on a model in this process, for tasks whose YAML files lie in `folder` (nothing is fetched then), or, without one, for those that come with it."
     require("lm_eval", "harness")
-    with _offline():
+    with _offline() if folder else nullcontext():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
         import logging
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        manager = TaskManager(include_path=str(folder), include_defaults=False) if folder else TaskManager()
         known = set(manager.all_tasks)
         for name in names:
-            if name not in known: raise unknown("task of the harness", name, known, place=str(folder))
+            if name not in known: raise unknown("task of the harness", name, known, place=str(folder) or "lm-evaluation-harness")
         model = HFLM(pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=batch_size or generator.batch_size, device=str(generator.model.device))
         found = simple_evaluate(model=model, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
     if found is None: raise AigcError("the harness returned nothing", place=", ".join(names), remedy="look at its log")
@@ -76,6 +76,12 @@ def run_harness(generator, names: Sequence[str], folder: str | Path, *, limit: i
 def harness_scores(found: dict) -> dict[str, dict[str, float]]:
     "Task → metric → value, filters' names after the metric's where there are several."
     return {name.removeprefix("aigc_"): {k.replace(",none", "").replace(",", "/"): float(v) for k, v in values.items() if isinstance(v, (int, float)) and "stderr" not in k and k not in ("alias", "sample_len")} for name, values in found["results"].items()}
+
+
+def _asked(sample: dict) -> str:
+    "The question of a sample: the text that its first request began with."
+    first = next(iter(sample["arguments"].values()), {}) if isinstance(sample["arguments"], dict) else sample["arguments"][0]
+    return str(next(iter(first.values()), "") if isinstance(first, dict) else first[0])
 
 
 def harness_results(found: dict, key: str = "harness") -> list[Result]:
@@ -88,6 +94,6 @@ def harness_results(found: dict, key: str = "harness") -> list[Result]:
             for m in ("bits_per_byte", "byte_perplexity", "word_perplexity"):
                 if isinstance(s.get(m), (tuple, list)) and m == "bits_per_byte": weight = float(s[m][1]); scores[m] = -float(s[m][0]) / weight / 0.6931471805599453
             said = s.get("filtered_resps") or [""]
-            results.append(Result(key=key, task=name.removeprefix("aigc_"), id=str(s["doc"].get("id", s["doc_id"])), ask=str(s["arguments"])[:20_000] if not isinstance(s.get("doc"), dict) else str(s["doc"].get("query", ""))[:20_000],
+            results.append(Result(key=key, task=name.removeprefix("aigc_"), id=str(s["doc"].get("id", s["doc_id"])), ask=_asked(s)[:20_000],
                                   reference=str(s["target"])[:2000], answer=str(said[0])[:20_000], scores=scores, weight=weight))
     return results

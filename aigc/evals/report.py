@@ -229,7 +229,7 @@ def metrics(self: EvalReport) -> dict[str, float]:
             for split, ratios in self.kept.ratios.items():
                 if name in ratios: found |= _flat(("" if split == self.rows[0].split else f"{split}.") + f"kept.{name}", ratios[name])
             if self.kept.size_ratio: found["kept.size"] = self.kept.size_ratio
-            if self.kept.drift: found |= _flat("drift.kl", self.kept.drift.kl) | _flat("drift.top1", self.kept.drift.top1)
+            if self.kept.drift: found |= _flat("drift.kl", self.kept.drift.kl) | _flat("drift.top1", self.kept.drift.top1) | {f"drift.{k}": v for k, v in self.kept.drift.metrics().items() if k in ("kl_max", "same_five", "perplexity_ratio")}
     return found
 
 # %% ../../nbs/evals/07_report.ipynb #5a6d20e1
@@ -271,7 +271,7 @@ font:15px/1.55 system-ui,-apple-system,"Segoe UI","Noto Sans","Noto Sans CJK SC"
 .aigc .wide{overflow-x:auto}.aigc table{border-collapse:collapse;font-size:14px;margin:8px 0;width:100%;font-variant-numeric:tabular-nums}
 .aigc th{font-weight:600;text-align:right;padding:6px 12px;border-bottom:1.5px solid var(--line);white-space:nowrap}.aigc td{text-align:right;padding:9px 12px;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap;background:none}
 .aigc th:first-child,.aigc td:first-child{text-align:left;padding-left:2px}.aigc td b{font-weight:600}.aigc small{display:block;font-size:12px;color:var(--soft)}.aigc small.good{color:var(--good)}.aigc small.bad{color:var(--bad)}
-.aigc svg.dots{max-width:100%;height:auto;display:block;margin:10px 0}.aigc code,.aigc pre{font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono","Noto Sans Mono CJK SC",monospace}
+.aigc svg.dots{max-width:100%;height:auto;display:block;margin:10px 0}.aigc .pictures{display:flex;flex-wrap:wrap;gap:4px 28px;margin:8px 0}.aigc code,.aigc pre{font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono","Noto Sans Mono CJK SC",monospace}
 .aigc .sample{border:1px solid var(--line);border-radius:10px;margin:14px 0;overflow:hidden}.aigc .sample header{display:flex;gap:14px;align-items:baseline;padding:9px 16px;background:var(--card);border-bottom:1px solid var(--line)}
 .aigc .sample header b{font-weight:600}.aigc .sample header span:last-child{margin-left:auto;font-variant-numeric:tabular-nums}.aigc .good{color:var(--good)}.aigc .bad{color:var(--bad)}
 .aigc .both{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr)}.aigc .both>pre{margin:0;padding:14px 16px;max-height:380px;overflow:auto;border-right:1px solid var(--line);white-space:pre;background:none;color:inherit}
@@ -329,7 +329,7 @@ def _kept_html(kept: Kept) -> str:
     rows = "".join(f"<tr><td><b>{e(split)}</b></td>" + "".join(f"<td><b>{found[n].mean:.3f}</b><small>[{found[n].low:.3f}, {found[n].high:.3f}]</small></td>" if n in found else "<td class='soft'>–</td>" for n in names) + "</tr>" for split, found in kept.ratios.items())
     table = f"<div class='wide'><table><thead><tr><th>split</th>{''.join(f'<th>{METRICS[n].title}</th>' for n in names)}</tr></thead><tbody>{rows}</tbody></table></div>" if names else ""
     size = f"<p>Weights on disk: {kept.size_ratio:.3f} of {e(kept.source)}'s.</p>" if kept.size_ratio else ""
-    return f"<h2>What quantization kept</h2><p class='soft'>{e(kept.model)} over {e(kept.source)}, on the same items; 1 is no loss.</p>{table}{size}" + (f"<p>Drift on the reference answers: {e(str(kept.drift))}.</p>" if kept.drift else "")
+    return f"<h2>What quantization kept</h2><p class='soft'>{e(kept.model)} over {e(kept.source)}, on the same items; 1 is no loss.</p>{table}{size}" + (f"<h3>Drift</h3>{kept.drift.html(kept.model, kept.source)}" if kept.drift else "")
 
 # %% ../../nbs/evals/07_report.ipynb #a142f95d
 def _tables(report: EvalReport) -> str:

