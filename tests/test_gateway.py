@@ -393,12 +393,12 @@ def test_gateway_and_engine_under_two_hundred_streaming_clients(tmp_path):
     from aigc.models.generate import Request, load_generator
     from aigc.models.tiny import make_tiny
     from aigc.serve.follow import Follower
-    from aigc.serve.releases import Releases, Serving, Verdict, full_ref
+    from aigc.serve.releases import Releases, Serving, full_ref
     store = Store(tmp_path/"store")
     with (work := store.writing("model", "docs")) as folder: make_tiny(folder)
     releases = Releases(store)
-    releases.create("docs", full_ref(work.artifact), verdict=Verdict(passed=True), serving=Serving(max_batch=32, max_waiting=300))
-    releases.promote("docs", 1)
+    releases.create("docs", full_ref(work.artifact), serving=Serving(max_batch=32, max_waiting=300))
+    releases.promote("docs", 1, override="a test")
     secret, key = new_key("alice")
     KeyFile(tmp_path/"keys.json").add(key)
     config = parse_config({"keys": str(tmp_path/"keys.json"), "models": {"docs": {"release": "docs"}}, "queue": {"max_running": 64, "max_waiting": 300, "max_seconds": 300}})

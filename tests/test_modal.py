@@ -15,7 +15,7 @@ from aigc.core.store import Store  # noqa: E402
 from aigc.models.tiny import make_tiny  # noqa: E402
 from aigc.serve.keys import new_key  # noqa: E402
 from aigc.serve.modal_config import FROZEN, ModalConfig, build_wheel, pins  # noqa: E402
-from aigc.serve.releases import Releases, Verdict, full_ref  # noqa: E402
+from aigc.serve.releases import Releases, full_ref  # noqa: E402
 
 INSIDE = """
 import asyncio, json, os, sys, httpx
@@ -51,8 +51,8 @@ def container(tmp_path_factory):
     store = Store(root/"store")
     with (work := store.writing("model", "docs")) as folder: make_tiny(folder)
     releases = Releases(store)
-    releases.create("docs", full_ref(work.artifact), verdict=Verdict(passed=True))
-    releases.promote("docs", 1)
+    releases.create("docs", full_ref(work.artifact))
+    releases.promote("docs", 1, override="a test")
     return root, python, site
 
 

@@ -7,7 +7,6 @@ __all__ = ['release_app', 'Json', 'Name', 'Reason', 'create_command', 'list_comm
            'history_command']
 
 # %% ../../nbs/cli/71_release.ipynb #45fafded
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +22,17 @@ Name = Annotated[str, typer.Argument(help="NAME:VERSION, such as docs:3")]
 Reason = Annotated[str, typer.Option(help="stands in the ledger")]
 
 # %% ../../nbs/cli/71_release.ipynb #fa9e2b21
-def _verdict(report: str, file: Path | None):
-    from aigc.serve.releases import Verdict
-    path = file or (Store().path(report)/"verdict.json" if report else None)
-    if path is None or not file and not path.is_file(): return None
-    try: return Verdict.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as e: raise UsageError(f"the verdict cannot be read ({str(e).splitlines()[0]})", place=str(path), remedy='it reads {"passed": true, "reasons": []}') from None
+def _verdict(report: str, policy: Path | None, baseline: str, file: Path | None):
+    "The gate's decision: read from a file, or made here from the report by a policy."
+    if file and policy: raise UsageError("a verdict and a policy that would make another", place="--verdict, --policy", remedy="give one of the two")
+    if not file and not policy: return None
+    from aigc.evals.gate import GateVerdict, judge_run, read_policy
+    if policy:
+        if not report: raise UsageError("a policy judges a report", place="--policy", remedy="give it: --report report/NAME:latest")
+        from aigc.evals.verdict import read_run
+        return judge_run(read_policy(policy), read_run(report), read_run(baseline) if baseline else None)
+    try: return GateVerdict.model_validate_json(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise UsageError(f"the verdict cannot be read ({str(e).splitlines()[0]})", place=str(file), remedy="make it with: aigc eval gate POLICY REPORT --out verdict.json") from None
 
 
 def _pair(text: str) -> tuple[str, int]:
@@ -40,16 +44,17 @@ def _pair(text: str) -> tuple[str, int]:
 
 @release_app.command("create")
 def create_command(name: Annotated[str, typer.Argument(help="what clients will call it")], model: Annotated[str, typer.Option(help="model or adapter artifact")],
-                   report: Annotated[str, typer.Option(help="the report artifact that judged it")] = "", verdict: Annotated[Path | None, typer.Option(help="a gate's verdict as JSON")] = None,
+                   report: Annotated[str, typer.Option(help="the report artifact that judged it; NAME#MODEL where it is about several")] = "", policy: Annotated[Path | None, typer.Option(help="judge the report by these rules, now")] = None,
+                   baseline: Annotated[str, typer.Option(help="the report that the policy's losses and ratios are against")] = "", verdict: Annotated[Path | None, typer.Option(help="a verdict that `aigc eval gate` wrote")] = None,
                    max_batch: Annotated[int, typer.Option(min=1, help="requests computed together")] = 8, max_waiting: Annotated[int, typer.Option(min=1, help="requests that may wait in the engine")] = 64,
                    default_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer whose request names no limit")] = 1024, as_json: Json = False):
     """Bind a model and its verdict to the next version of a name.
 
-    Example: aigc release create docs --model model/docs-sft:latest --report report/docs:latest"""
+    Example: aigc release create docs --model model/docs-sft:latest --report report/docs:latest --policy gate.yaml"""
     from aigc.serve.releases import Releases, Serving
-    made = Releases().create(name, model, report=report, verdict=_verdict(report, verdict), serving=Serving(max_batch=max_batch, max_waiting=max_waiting, default_tokens=default_tokens))
+    made = Releases().create(name, model, report=report.partition("#")[0], verdict=_verdict(report, policy, baseline, verdict), serving=Serving(max_batch=max_batch, max_waiting=max_waiting, default_tokens=default_tokens))
     if as_json: return print_json(made.model_dump(mode="json", by_alias=True))
-    said = "no verdict" if made.verdict is None else "the gate passed it" if made.verdict.passed else "the gate refused it"
+    said = {"unjudged": "no verdict", "passed": "the gate passed it", "refused": "the gate refused it"}[made.judged]
     typer.echo(f"{made.id}: {made.model[:made.model.index('@') + 13]}, {said}; next: aigc release promote {made.id}")
 
 # %% ../../nbs/cli/71_release.ipynb #05fd1004
@@ -61,22 +66,24 @@ def list_command(name: Annotated[str, typer.Argument(help="only this name")] = "
     from aigc.serve.releases import Releases
     releases = Releases()
     stages = {r.name: releases.stages(r.name) for r in releases.list(name)}
-    rows = [{"release": r.id, "stage": stages[r.name].get(r.version, ""), "model": r.model, "verdict": None if r.verdict is None else "passed" if r.verdict.passed else "refused"} for r in releases.list(name)]
+    rows = [{"release": r.id, "stage": stages[r.name].get(r.version, ""), "model": r.model, "verdict": r.judged} for r in releases.list(name)]
     if as_json: return print_json(rows)
     if not rows: return typer.echo("no releases yet; make one with: aigc release create NAME --model model/…")
-    for r in rows: typer.echo(f"{r['release']:20} {r['stage']:11} {r['verdict'] or 'unjudged':9} {r['model'][:r['model'].index('@') + 13]}")
+    for r in rows: typer.echo(f"{r['release']:20} {r['stage']:11} {r['verdict']:9} {r['model'][:r['model'].index('@') + 13]}")
 
 
 @release_app.command("promote")
 def promote_command(release: Name, to: Annotated[str, typer.Option(help="candidate, canary, production or retired")] = "production", reason: Reason = "",
-                    override: Annotated[str, typer.Option(help="why it goes on although the gate said no")] = ""):
+                    policy: Annotated[Path | None, typer.Option(help="the verdict must rest on exactly these rules")] = None, override: Annotated[str, typer.Option(help="why it goes on although the gate said no")] = ""):
     """Move a release to a stage; canary and production ask the gate (exit code 3 when it says no).
 
     Example: aigc release promote docs:3 --to canary --reason "10 % since Monday" """
     from aigc.core.errors import unknown
     from aigc.serve.releases import STAGES, Releases
     if to not in STAGES: raise unknown("stage", to, STAGES, place="--to")
-    for e in Releases().promote(*_pair(release), to, reason=reason, override=override): typer.echo(f"{_pair(release)[0]}:{e.version} is {e.stage}" + (f" ({e.reason})" if e.reason else ""))
+    rules = None
+    if policy: from aigc.evals.gate import read_policy; rules = read_policy(policy)
+    for e in Releases().promote(*_pair(release), to, reason=reason, override=override, policy=rules): typer.echo(f"{_pair(release)[0]}:{e.version} is {e.stage}" + (f" ({e.reason})" if e.reason else ""))
 
 
 @release_app.command("rollback")
