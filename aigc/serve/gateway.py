@@ -17,12 +17,13 @@ from .cache import AnswerCache, is_determined, request_key
 from .config import GatewayConfig, upstream_key
 from .dashboard import dashboard_handler
 from .feedback import FeedbackBook, feedback_handler
+from .figures import window_figures
 from .guard import Answering, Blocked, Guards
 from .keys import Key, KeyRing
 from .limits import KeyLimits, LocalCounters, Queue
 from .routing import BackendError, HttpBackend, Reply, Route, Variant
 from .telemetry import Metrics, RequestLog
-from .wire import (Gone, Refusal, check_bounds, data_of, estimate_tokens, events_of, finishes, header, parse_body, prompt_text, read_body, send_json, slots, text_of, usage_of, write_event)
+from .wire import (Gone, Refusal, check_bounds, data_of, estimate_tokens, events_of, finishes, header, parse_body, prompt_text, read_body, send_json, slots, speaks, argument_slots, text_of, tool_inputs, usage_of, write_event)
 
 log = logging.getLogger("aigc.serve")
 
@@ -92,7 +93,7 @@ class Gateway:
         self.guards = Guards(config.guards, lambda *labels: self.metrics.guard.labels(*labels).inc())
         self.routes = {name: Route(name, [], m.sticky) for name, m in config.models.items()}
         self.queues = {name: Queue(config.queue, lambda reason: self.metrics.refused.labels(reason).inc()) for name in config.models}
-        self.draining, self.in_flight, self._salt, self.recent, self._tasks, self.salted = False, 0, secrets.token_bytes(16), deque(maxlen=50_000), set(), set()
+        self.draining, self.in_flight, self._salt, self.recent, self._tasks, self.salted, self._measured = False, 0, secrets.token_bytes(16), deque(maxlen=50_000), set(), set(), 0.0
         self.handlers: dict[tuple[str, str], tuple[str | None, Callable]] = {}   # more routes: their scope, and what answers
         self.book = FeedbackBook(config.feedback) if config.feedback else None
         if self.book: self.handlers["POST", "/v1/feedback"] = ("feedback", feedback_handler(self, self.book))
@@ -160,6 +161,7 @@ async def _serve(self: Gateway, scope, receive, send, request_id: str) -> None:
     if scope_wanted not in key.scopes: raise Refusal(403, f"this key may not do that: it lacks the scope '{scope_wanted}'", code="insufficient_scope")
     if (method, path) in self.handlers: return await self.handlers[method, path][1](scope, receive, send, key)
     if method == "POST" and path in ASKED: return await self._ask(scope, receive, send, key, request_id)
+    if path in ("/metrics", "/admin/status"): await self.measure()
     if path == "/metrics": return await send_json(send, 200, self._gauges().text(), content_type="text/plain; version=0.0.4; charset=utf-8")
     if path.startswith("/v1/models"): return await self._models(path, send, key)
     await self._admin(path, scope, receive, send)
@@ -236,23 +238,23 @@ async def _call(self: Gateway, scope, receive, key: Key, request_id: str, began:
 
 @patch
 async def _answer(self: Gateway, call: Call, send) -> None:
-    async with self.limits.charged(call.key, call.most_tokens) as settle:
-        settle(0)   # what is cut short is charged below, as far as it came
+    async with self.limits.charged(call.key, call.most_tokens) as charge:
+        charge.settle(0)   # what is cut short is charged below, as far as it came
         pieces, shared = self._pieces(call)
         started, outcome = False, call.outcome
         try:
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
-                    if not started: await self._head(send, json.loads(piece), outcome); started = True
+                    if not started: await self._head(send, json.loads(piece), outcome, charge.headers); started = True
                     else: await send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
-            if not shared: settle(sum(outcome.usage) if outcome.usage else call.prompt_tokens + outcome.pieces if outcome.pieces else 0)
+            if not shared: charge.settle(sum(outcome.usage) if outcome.usage else call.prompt_tokens + outcome.pieces if outcome.pieces else 0)
         await send({"type": "http.response.body", "body": b""})
 
 
 @patch
-async def _head(self: Gateway, send, head: dict, outcome: Outcome) -> None:
-    headers = [(b"content-type", head["type"].encode()), (b"x-aigc-variant", outcome.variant.encode())]
+async def _head(self: Gateway, send, head: dict, outcome: Outcome, more: dict[str, str]) -> None:
+    headers = [(b"content-type", head["type"].encode()), (b"x-aigc-variant", outcome.variant.encode()), *((k.encode(), v.encode()) for k, v in more.items())]
     if head["type"].startswith("text/event-stream"): headers.append((b"x-accel-buffering", b"no"))
     await send({"type": "http.response.start", "status": head["status"], "headers": headers})
 
@@ -427,26 +429,31 @@ def _event(self: Gateway, call: Call, event: bytes, outcome: Outcome) -> tuple[b
     if "model" in body and body["model"] != call.model: body["model"] = call.model; changed = True
     early = b""
     if self.guards.looks_out:
-        came = text_of(body)
-        if rest := call.answering.event(body): early = _extra(body, rest)
-        if came and not text_of(body) and not finishes(body) and body.get("choices"): return b"", "other"   # held back for now
-        changed = changed or bool(came) or bool(finishes(body))
-    text, finish = text_of(body), finishes(body)
-    if text and (gap := outcome.saw(text)) is not None: self.metrics.itl.labels(call.model, outcome.variant).observe(gap)
+        came = speaks(body)
+        early = _extra(body, *call.answering.event(body))
+        if came and not speaks(body) and not finishes(body) and body.get("choices"): return b"", "other"   # held back for now
+        changed = changed or came or bool(finishes(body))
+    text, finish, spoke = text_of(body), finishes(body), speaks(body)
+    if spoke and (gap := outcome.saw(text)) is not None: self.metrics.itl.labels(call.model, outcome.variant).observe(gap)
     if finish: outcome.finish = finish
     name = event.split(b"\n", 1)[0][6:].strip().decode() if event.startswith(b"event:") else ""
-    return early + (write_event(body, name) if changed else event + b"\n\n"), "finish" if finish or body.get("type") == "message_stop" else "text" if text else "other"
+    return early + (write_event(body, name) if changed else event + b"\n\n"), "finish" if finish or body.get("type") == "message_stop" else "text" if spoke else "other"
 
 # %% ../../nbs/serve/70_gateway.ipynb #ab727f9f
-def _extra(body: dict, text: str) -> bytes:
-    "Text that was held back, in an event before the one that ends its block (Messages, Responses)."
-    if body["type"] == "content_block_stop": return write_event({"type": "content_block_delta", "index": body.get("index", 0), "delta": {"type": "text_delta", "text": text}}, "content_block_delta")
-    return write_event({"type": "response.output_text.delta", **{k: body[k] for k in ("item_id", "output_index", "content_index") if k in body}, "delta": text}, "response.output_text.delta")
+def _extra(body: dict, text: str, arguments: str) -> bytes:
+    "Text and arguments that were held back, in events before the one that ends their block (Messages, Responses)."
+    found = b""
+    for held, block, field, kind in ((text, "text_delta", "text", "response.output_text.delta"), (arguments, "input_json_delta", "partial_json", "response.function_call_arguments.delta")):
+        if held and body["type"] == "content_block_stop": found += write_event({"type": "content_block_delta", "index": body.get("index", 0), "delta": {"type": block, field: held}}, "content_block_delta")
+        elif held: found += write_event({"type": kind, **{k: body[k] for k in ("item_id", "output_index", "content_index") if k in body}, "delta": held}, kind)
+    return found
 
 
 @patch
 def _blank(self: Gateway, body: dict) -> None:
     for holder, name, _ in slots(body): holder[name] = ""
+    for holder, name, _ in argument_slots(body): holder[name] = "{}"
+    for part in tool_inputs(body): part["input"] = {}
     for choice in body.get("choices") or []: choice["finish_reason"] = "content_filter"
     if "stop_reason" in body: body["stop_reason"] = "refusal"
 
@@ -526,27 +533,29 @@ def _gauges(self: Gateway) -> Metrics:
     return m
 
 # %% ../../nbs/serve/70_gateway.ipynb #980d6c73
-def _percentile(values: list[float], q: float) -> float | None: return sorted(values)[min(len(values) - 1, int(q*len(values)))] if values else None
-
-
 @patch
 def window(self: Gateway, seconds: float = 60) -> dict:
     "Figures of the last `seconds`, in all and per variant."
     now = time.monotonic()
-    rows = [r for r in self.recent if now - r[0] <= seconds]
-    def figures(rows):
-        done, ttft = [r for r in rows if r[2] == 200], [r[3] for r in rows if r[2] == 200 and r[3] is not None]
-        failed = sum(r[2] >= 500 for r in rows)
-        return {"requests": len(rows), "qps": len(rows)/seconds, "errors": failed, "error_rate": failed/len(rows) if rows else 0.0, "refused": sum(400 <= r[2] < 500 for r in rows), "tokens_per_second": sum(r[5] for r in rows)/seconds,
-                "p50": _percentile([r[4] for r in done], .5), "p99": _percentile([r[4] for r in done], .99), "ttft_p50": _percentile(ttft, .5), "ttft_p99": _percentile(ttft, .99)}
-    return figures(rows) | {"variants": {v: figures([r for r in rows if r[1] == v]) for v in sorted({r[1] for r in rows if r[1]})}}
+    return window_figures((r for r in self.recent if now - r[0] <= seconds), seconds)
+
+
+@patch
+async def measure(self: Gateway) -> None:
+    "Ask the engines for their figures, all at once; not more than once a second."
+    if time.monotonic() - self._measured < 1: return
+    self._measured = time.monotonic()
+    asked = [((name, v.label), v.backend) for name, route in self.routes.items() for v in route.variants]
+    told = await asyncio.gather(*(backend.figures() for _, backend in asked))
+    self.metrics.engines.clear()
+    self.metrics.engines.update({labels: figures for (labels, _), figures in zip(asked, told) if figures})
 
 
 @patch
 def status(self: Gateway) -> dict:
     "What is where, and how it goes."
     models = {name: {"running": self.queues[name].running, "waiting": len(self.queues[name].waiting), "max_running": self.config.queue.max_running,
-                     "variants": [{"label": v.label, "weight": v.weight, "role": v.role, "busy": v.backend.busy, "breaker": v.backend.breaker.state} for v in route.variants]} for name, route in self.routes.items()}
+                     "variants": [{"label": v.label, "weight": v.weight, "role": v.role, "busy": v.backend.busy, "breaker": v.backend.breaker.state, "engine": self.metrics.engines.get((name, v.label), {})} for v in route.variants]} for name, route in self.routes.items()}
     c = self.cache
     return {"draining": self.draining, "in_flight": self.in_flight, "models": models, "cache": {"entries": len(c.kept), "hits": c.hits, "joins": c.joins, "misses": c.misses}, "last_minute": self.window(60)}
 

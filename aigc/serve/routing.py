@@ -16,6 +16,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import UsageError
+from .figures import engine_figures
 
 log = logging.getLogger("aigc.serve")
 
@@ -72,6 +73,16 @@ class Backend:
 
     async def open(self, path: str, body: dict, request_id: str) -> Reply: raise NotImplementedError
 
+    async def metrics(self) -> str:
+        "What its `/metrics` says. Raises `BackendError`."
+        raise NotImplementedError
+
+    async def figures(self) -> dict[str, float]:
+        "The engine's own figures as of now (`aigc.serve.figures`); {} where it does not tell within a second."
+        try:
+            async with asyncio.timeout(1.0): return engine_figures(await self.metrics(), self.model)
+        except (BackendError, TimeoutError, NotImplementedError): return {}
+
     async def close(self) -> None: pass
 
     async def drained(self, seconds: float) -> bool:
@@ -100,6 +111,11 @@ class HttpBackend(Backend):
         except (aiohttp.ClientError, OSError, TimeoutError) as e: raise BackendError(f"{type(e).__name__}: {e}") from e
         return Reply(answer.status, answer.content_type, self._pieces(answer), answer.close)
 
+    async def metrics(self) -> str:
+        try:
+            async with self.session().get(self.root + "/metrics", allow_redirects=False) as answer: return await answer.text("utf-8", "replace") if answer.status == 200 else ""
+        except (aiohttp.ClientError, OSError) as e: raise BackendError(type(e).__name__) from e
+
     async def _pieces(self, answer) -> AsyncIterator[bytes]:
         ended = False
         try:
@@ -122,9 +138,16 @@ class AppBackend(Backend):
 
     async def open(self, path: str, body: dict, request_id: str) -> Reply:
         salt = body.get("cache_salt", "")   # an application is told beside the body, where no client can write
-        raw = json.dumps({k: v for k, v in body.items() if k != "cache_salt"}, ensure_ascii=False).encode()
+        return await self._call("POST", path, json.dumps({k: v for k, v in body.items() if k != "cache_salt"}, ensure_ascii=False).encode(), salt, request_id)
+
+    async def metrics(self) -> str:
+        reply = await self._call("GET", "/metrics", b"", "", "metrics")
+        raw = await reply.whole()
+        return raw.decode("utf-8", "replace") if reply.status == 200 else ""
+
+    async def _call(self, method: str, path: str, raw: bytes, salt: str, request_id: str) -> Reply:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), (b"x-request-id", request_id.encode()), (b"host", b"gateway"), *([(b"authorization", f"Bearer {self.key}".encode())] if self.key else [])]
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "",
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "",
                  "query_string": b"", "headers": headers, "client": ("127.0.0.1", 0), "server": ("gateway", 80), "state": {"cache_salt": salt}}
         said, gone, sent = asyncio.Queue(maxsize=64), asyncio.Event(), False
 

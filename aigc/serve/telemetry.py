@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data.pii import redact_text
+from .figures import EngineFamilies
 
 log = logging.getLogger("aigc.serve")
 
@@ -55,6 +56,8 @@ class Metrics:
         self.log_dropped = Counter("aigc:log_lines_dropped", "Log lines that could not be written.", registry=r)
         self.redis_up = Gauge("aigc:redis_up", "1 while shared limits are counted in Redis.", registry=r)
         self.draining = Gauge("aigc:draining", "1 once the gateway stops taking requests.", registry=r)
+        self.engines: dict[tuple[str, str], dict[str, float]] = {}   # what engines said when they were asked last
+        r.register(EngineFamilies(self.engines))
 
     def text(self) -> bytes: return generate_latest(self.registry)
 
