@@ -162,7 +162,7 @@ async def answer(http: HttpRequest, served: Served, metrics: Metrics, kind: type
     chat, body = kind is ChatRequest, await read_body(http, max_body)
     asked = await off_loop(len(body), parse, kind, body)
     engine, adapter = served.ready(asked.model)
-    id, salt, talk, streaming = new_id("chatcmpl" if chat else "cmpl"), str(http.scope.get("state", {}).get("cache_salt", "")), None, False
+    id, salt, talk, streaming = new_id("chatcmpl" if chat else "cmpl"), http.scope.get("state", {}).get("cache_salt") or http.headers.get("x-cache-salt", "")[:128], None, False  # a gateway's: who it is that shares computed prompts
     model = asked.model if asked.model in served.names else engine.name
     try:
         requests = await off_loop(len(body), chat_requests, asked, engine, default_tokens, salt, adapter) if chat else await asyncio.to_thread(plain_requests, asked, engine, salt, adapter)

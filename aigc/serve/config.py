@@ -32,7 +32,7 @@ class Upstream(Config):
     key_env: str = Field("", description="the environment variable that holds our key there")
     weight: float = Field(1.0, ge=0, description="its share among the serving ones")
     role: Literal["serve", "fallback", "shadow"] = Field("serve", description="fallback: asked when the others fail; shadow: gets copies, nobody sees its answers")
-    cache_salt: bool = Field(False, description="send a salt per tenant (ours and vLLM understand it), so that tenants share no prefix cache")
+    cache_salt: Literal["", "header", "body"] = Field("", description="send a salt per tenant, so that tenants share no prefix cache: in a header (aigc serve) or in the body (vLLM)")
 
 
 class ModelConfig(Config):
@@ -66,6 +66,7 @@ class GatewayConfig(Config):
     redis: str = Field("", description="redis://… where replicas share limits; empty: each counts for itself")
     follow_seconds: float = Field(5, gt=0, description="how often the ledgers of followed releases are read")
     feedback: str = Field("", description="the file in which /v1/feedback keeps what users say; empty: the route does not exist")
+    page: bool = Field(False, description="serve the chat page at / (asking needs a key, entered on the page; with `feedback`, it has thumbs)")
     dashboard: bool = Field(False, description="serve the dashboard page at /dashboard (its figures need the admin key)")
     answer_tokens: int = Field(1024, ge=1, description="charged in advance for a request that names no limit")
     timeouts: Timeouts = Field(default_factory=Timeouts)

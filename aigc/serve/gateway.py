@@ -21,6 +21,7 @@ from .figures import window_figures
 from .guard import Answering, Blocked, Guards
 from .keys import Key, KeyRing
 from .limits import KeyLimits, LocalCounters, Queue
+from .page import page_handlers
 from .routing import BackendError, HttpBackend, Reply, Route, Variant
 from .telemetry import Metrics, RequestLog
 from .wire import (Gone, Refusal, check_bounds, data_of, estimate_tokens, events_of, finishes, header, parse_body, prompt_text, read_body, send_json, slots, speaks, argument_slots, text_of, tool_inputs, usage_of, write_event)
@@ -97,11 +98,12 @@ class Gateway:
         self.handlers: dict[tuple[str, str], tuple[str | None, Callable]] = {}   # more routes: their scope, and what answers
         self.book = FeedbackBook(config.feedback) if config.feedback else None
         if self.book: self.handlers["POST", "/v1/feedback"] = ("feedback", feedback_handler(self, self.book))
+        if config.page: self.handlers |= page_handlers()
         if config.dashboard: self.handlers["GET", "/dashboard"] = (None, dashboard_handler())
         for name, m in config.models.items(): self.routes[name].variants = [self._upstream(name, u) for u in m.upstreams]
 
     def _upstream(self, name: str, u) -> Variant:
-        backend = HttpBackend(u.url, u.url, model=u.model or name, key=upstream_key(u), connect_seconds=self.config.timeouts.connect, breaker=self.config.breaker)
+        backend = HttpBackend(u.url, u.url, model=u.model or name, key=upstream_key(u), connect_seconds=self.config.timeouts.connect, breaker=self.config.breaker, salt_in=u.cache_salt or "body")
         if u.cache_salt: self.salted.add(backend)
         return Variant(backend, u.weight, u.role)
 
@@ -179,7 +181,8 @@ async def _open_route(self: Gateway, path: str, scope, receive, send) -> None:
 @patch
 async def _models(self: Gateway, path: str, send, key: Key) -> None:
     cards = [{"id": name, "object": "model", "created": 0, "owned_by": "aigc"} for name in self.routes if key.may_ask(name)]
-    if path == "/v1/models": return await send_json(send, 200, {"object": "list", "data": cards})
+    rates = {"X-Aigc-Feedback": "1"} if self.book and "feedback" in key.scopes else {}   # the chat page asks
+    if path == "/v1/models": return await send_json(send, 200, {"object": "list", "data": cards}, rates)
     found = next((c for c in cards if c["id"] == path.removeprefix("/v1/models/")), None)
     if not found: raise Refusal(404, "that model does not exist here", code="model_not_found", param="model")
     await send_json(send, 200, found)

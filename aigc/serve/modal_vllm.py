@@ -48,7 +48,7 @@ def start_back_end(command: Sequence[str], port: int, seconds: float, path: str 
 def upstream_config(name: str, port: int):
     "The gateway's configuration in front of it. `cache_salt`: vLLM shares computed prompts within a tenant only."
     from aigc.serve.config import parse_config
-    return parse_config({"keys": "-", "models": {name: {"upstreams": [{"url": f"http://127.0.0.1:{port}/v1", "key_env": "AIGC_UPSTREAM_KEY", "cache_salt": True}]}}, "timeouts": {"whole": WHOLE_SECONDS, "drain": 25},
+    return parse_config({"keys": "-", "models": {name: {"upstreams": [{"url": f"http://127.0.0.1:{port}/v1", "key_env": "AIGC_UPSTREAM_KEY", "cache_salt": "body"}]}}, "timeouts": {"whole": WHOLE_SECONDS, "drain": 25},
                          "queue": {"max_running": config.max_inputs, "max_waiting": config.max_inputs}}, "modal.yaml")
 
 # %% ../../nbs/serve/51_modal_vllm.ipynb #8f0b67a0

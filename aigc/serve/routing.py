@@ -94,8 +94,9 @@ class Backend:
 
 class HttpBackend(Backend):
     "An OpenAI-compatible server at `url` (which ends in /v1)."
-    def __init__(self, name: str, url: str, *, model: str = "", key: str = "", connect_seconds: float = 5, breaker: BreakerConfig | None = None):
+    def __init__(self, name: str, url: str, *, model: str = "", key: str = "", connect_seconds: float = 5, breaker: BreakerConfig | None = None, salt_in: Literal["header", "body"] = "body"):
         super().__init__(name, model, breaker)
+        self.salt_in = salt_in
         if not url.startswith(("http://", "https://")): raise UsageError("this is not the address of a server", place=f"{name}: {url}", remedy="write http://HOST:PORT/v1")
         self.root, self.key, self.connect_seconds, self._session = url.rstrip("/").removesuffix("/v1"), key, connect_seconds, None
 
@@ -107,7 +108,9 @@ class HttpBackend(Backend):
         return self._session
 
     async def open(self, path: str, body: dict, request_id: str) -> Reply:
-        try: answer = await self.session().post(self.root + path, data=json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), allow_redirects=False, headers={"Content-Type": "application/json", "X-Request-Id": request_id})
+        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+        if self.salt_in == "header" and (salt := body.get("cache_salt")): body, headers = {k: v for k, v in body.items() if k != "cache_salt"}, headers | {"X-Cache-Salt": salt}
+        try: answer = await self.session().post(self.root + path, data=json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), allow_redirects=False, headers=headers)
         except (aiohttp.ClientError, OSError, TimeoutError) as e: raise BackendError(f"{type(e).__name__}: {e}") from e
         return Reply(answer.status, answer.content_type, self._pieces(answer), answer.close)
 

@@ -20,7 +20,8 @@ class Stub:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return
-        if scope["method"] == "GET": return await send_json(send, 200, {"status": "ready", "served": self.served, "running": self.running, "given_up": self.given_up, "object": "list", "data": [{"id": self.name, "object": "model"}]})
+        if scope["path"] == "/metrics": return await send_json(send, 200, self._metrics().encode(), content_type="text/plain")
+        if scope["method"] == "GET": return await send_json(send, 200, {"status": "ready", "served": self.served, "running": self.running, "given_up": self.given_up, "bodies": self.bodies[-5:], "object": "list", "data": [{"id": self.name, "object": "model"}]})
         raw = bytearray()
         while True:
             message = await receive()
@@ -37,6 +38,10 @@ class Stub:
             self.running -= 1
             if done: self.served += 1
             else: self.given_up += 1
+
+    def _metrics(self) -> str:
+        told = {"num_requests_running": self.running, "num_requests_waiting": 0, "kv_cache_usage_perc": min(1.0, self.running/100), "prefix_cache_queries_total": self.served, "prefix_cache_hits_total": 0}
+        return "".join(f'vllm:{name}{{engine="0",model_name="{self.name}"}} {value}\n' for name, value in told.items())
 
     def _words(self, asked: dict) -> list[str]:
         content = (asked.get("messages") or [{"content": asked.get("prompt", "")}])[-1]["content"]

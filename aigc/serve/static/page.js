@@ -5,17 +5,19 @@ const WORDS = {
         probabilities: "Token probabilities", probabilities_hint: "The paler a word, the less sure the model was. Point at it to see what else it considered.", key: "API key",
         key_hint: "Needed only where the server asks for one. It stays in this tab.", ask: "Ask something…", send: "Send", stop: "Stop", hello: "What would you like to know?", served: n => `${n} answers here.`,
         both: "Both models get the same question.", loading: "the model is loading…", away: "the server does not answer", needs_key: "this server wants an API key: open the settings",
-        meta: (t, s, f) => `${t} tokens · ${s} tokens/s · first after ${f} s`, stopped: "stopped", cut: "the answer was cut at the limit", title: "aigc" },
+        meta: (t, s, f) => `${t} tokens · ${s} tokens/s · first after ${f} s`, stopped: "stopped", cut: "the answer was cut at the limit", title: "aigc", good: "Good answer", bad: "Bad answer", why_good: "What was good about it?", why_bad: "What was wrong with it?",
+        better: "What should it have said?", tell: "Send", later: "Not now", thanks: "Thank you.", noted: "Thank you, your words were kept." },
   zh: { compare: "对比两个模型", fresh: "新对话", settings: "设置", system: "系统消息", temperature: "温度", top_p: "Top p", max_tokens: "最多词元数", seed: "随机种子",
         probabilities: "显示词元概率", probabilities_hint: "颜色越浅，模型越没有把握。把指针放在词上，可以看到它考虑过的其他选择。", key: "API 密钥",
         key_hint: "只有服务器要求时才需要，只保存在这个标签页里。", ask: "说点什么……", send: "发送", stop: "停止", hello: "想了解什么？", served: n => `由 ${n} 回答。`,
         both: "两个模型会收到同一个问题。", loading: "模型正在加载……", away: "服务器没有响应", needs_key: "服务器需要 API 密钥：请打开设置",
-        meta: (t, s, f) => `${t} 个词元 · 每秒 ${s} 个 · 首个用时 ${f} 秒`, stopped: "已停止", cut: "回答达到长度上限，被截断", title: "aigc" },
+        meta: (t, s, f) => `${t} 个词元 · 每秒 ${s} 个 · 首个用时 ${f} 秒`, stopped: "已停止", cut: "回答达到长度上限，被截断", title: "aigc", good: "回答得好", bad: "回答得不好", why_good: "好在哪里？", why_bad: "哪里不好？",
+        better: "应该怎样回答？", tell: "发送", later: "以后再说", thanks: "谢谢。", noted: "谢谢，您的意见已保存。" },
 };
 const $ = id => document.getElementById(id);
 const store = { get: k => { try { return sessionStorage.getItem(k); } catch { return null; } }, set: (k, v) => { try { sessionStorage.setItem(k, v); } catch { /* a private window may forbid it */ } } };
 let language = store.get("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
-let models = [], columns = [], running = [];
+let models = [], columns = [], running = [], rates = false;   // rates: whether the server keeps what this key says about answers
 const say = (key, ...more) => typeof WORDS[language][key] === "function" ? WORDS[language][key](...more) : WORDS[language][key];
 
 function make(tag, className, text) {
@@ -28,12 +30,14 @@ function make(tag, className, text) {
 function translate() {
   document.documentElement.lang = language;
   document.querySelectorAll("[data-say]").forEach(el => { el.textContent = say(el.dataset.say); });
-  $("question").placeholder = say("ask");
+  document.querySelectorAll("[data-hint]").forEach(el => { el.placeholder = say(el.dataset.hint); });
+  document.querySelectorAll("[data-title]").forEach(name);
   $("language").textContent = language === "en" ? "中文" : "English";
   $("language").lang = language === "en" ? "zh" : "en";
   label();
   columns.forEach(c => c.greet());
 }
+const name = el => { el.title = say(el.dataset.title); el.setAttribute("aria-label", el.title); };
 const label = () => { const text = say(running.length ? "stop" : "send"); $("send").setAttribute("aria-label", text); $("send").title = text; };
 
 // Text with code in it: fences become blocks, back-ticks become code; everything by textContent.
@@ -79,9 +83,9 @@ class Column {
     const box = make("div", "assistant busy"), text = make("div", "text");
     box.append(text); this.inner.append(box); this.scroll();
     const began = performance.now(), wants = $("probabilities").checked;
-    let said = "", first = 0, tokens = 0, finish = "", fault = "";
+    let said = "", first = 0, tokens = 0, finish = "", fault = "", id = "";
     try {
-      for await (const event of stream(this.body(wants), stopper.signal)) {
+      for await (const event of stream(this.body(wants), stopper.signal, answer => { id = answer.headers.get("x-request-id") || ""; })) {
         if (event.error) { fault = event.error.message; break; }
         if (event.usage) tokens = event.usage.completion_tokens;
         const choice = event.choices && event.choices[0];
@@ -90,7 +94,8 @@ class Column {
         const stay = this.atEnd(), piece = choice.delta.content || "";
         if (piece && !first) first = performance.now() - began;
         said += piece;
-        if (wants) (choice.logprobs?.content || []).forEach(t => text.append(token(t)));
+        if (wants && choice.logprobs?.content) choice.logprobs.content.forEach(t => text.append(token(t)));
+        else if (wants) text.append(piece);   // a gateway's guards leave no probabilities
         else if (piece) render(text, said);
         if (stay) this.scroll();
       }
@@ -104,6 +109,7 @@ class Column {
     if (finish === "length") notes.push(say("cut"));
     if (finish === "aborted") notes.push(say("stopped"));
     if (notes.length) box.append(make("div", "meta", notes.join(" · ")));
+    if (rates && id && said && !fault && finish !== "aborted") box.append(rating(id));
     this.scroll();
   }
   body(wants) {
@@ -142,15 +148,52 @@ function token(t) {
 }
 const visible = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "∅";
 
+// Thumbs under an answer; a thumb is sent at once, words about it when they are there.
+const THUMB = "M7 11v9H4v-9zm0 0 4-8a2.4 2.4 0 0 1 2.4 2.4V9h5.2a2 2 0 0 1 2 2.3l-1.2 7a2 2 0 0 1-2 1.7H7";
+const SVG = document.querySelector("svg").namespaceURI;
+function rating(id) {
+  const el = make("div", "rate"), row = make("div", "thumbs"), status = make("span", "said"), form = make("form", "words");
+  status.setAttribute("role", "status"); form.hidden = true;
+  const field = hint => { const area = make("textarea"); area.rows = 2; area.maxLength = 4000; area.dataset.hint = hint; area.placeholder = say(hint); area.setAttribute("aria-label", say(hint)); return area; };
+  const why = field("why_bad"), better = field("better"), send = make("button", "tell", say("tell")), later = make("button", "quiet", say("later"));
+  send.type = "submit"; send.dataset.say = "tell"; later.type = "button"; later.dataset.say = "later";
+  let chosen = "";
+  const post = async (words, thanks) => {
+    try {
+      const answer = await fetch("v1/feedback", { method: "POST", headers: { "Content-Type": "application/json", ...headers() }, body: JSON.stringify({ request_id: id, rating: chosen, ...words }) });
+      if (!answer.ok) throw new Error((await answer.json()).error.message);
+      status.dataset.say = thanks; status.textContent = say(thanks); status.classList.remove("bad"); return true;
+    } catch (e) { delete status.dataset.say; status.textContent = e.message; status.classList.add("bad"); return false; }
+  };
+  const thumbs = ["up", "down"].map(way => {
+    const b = make("button", `thumb ${way}`), svg = document.createElementNS(SVG, "svg"), path = document.createElementNS(SVG, "path");
+    svg.setAttribute("viewBox", "0 0 24 24"); svg.setAttribute("aria-hidden", "true"); path.setAttribute("d", THUMB); svg.append(path); b.append(svg);
+    b.type = "button"; b.dataset.title = way === "up" ? "good" : "bad"; name(b); b.setAttribute("aria-pressed", "false");
+    b.onclick = async () => {
+      chosen = way; thumbs.forEach(t => t.setAttribute("aria-pressed", t === b));
+      why.dataset.hint = way === "up" ? "why_good" : "why_bad"; why.placeholder = say(why.dataset.hint); why.setAttribute("aria-label", why.placeholder);
+      better.hidden = way === "up"; form.hidden = false;
+      await post({}, "thanks");
+    };
+    return b;
+  });
+  form.onsubmit = async e => { e.preventDefault(); if (await post({ comment: why.value.trim(), correction: better.hidden ? "" : better.value.trim() }, "noted")) form.hidden = true; };
+  later.onclick = () => { form.hidden = true; };
+  const buttons = make("div", "thumbs"); buttons.append(send, later);
+  row.append(...thumbs, status); form.append(why, better, buttons); el.append(row, form);
+  return el;
+}
+
 const headers = () => { const key = $("key").value.trim(); return key ? { Authorization: `Bearer ${key}` } : {}; };
 
-async function* stream(body, signal) {
+async function* stream(body, signal, begun) {
   const answer = await fetch("v1/chat/completions", { method: "POST", signal, headers: { "Content-Type": "application/json", ...headers() }, body: JSON.stringify(body) });
   if (!answer.ok) {
     let message = `${answer.status}`;
     try { message = (await answer.json()).error.message; } catch { /* not ours: the number will do */ }
     throw new Error(message);
   }
+  begun(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -196,6 +239,7 @@ async function look() {
   try {
     const answer = await fetch("v1/models", { headers: headers() });
     if (answer.status === 401 || answer.status === 403) { tell("needs_key", true); return; }
+    rates = answer.headers.get("x-aigc-feedback") === "1";
     const found = (await answer.json()).data.map(m => m.id);
     if (found.join() !== models.join()) { models = found; $("compare").hidden = models.length < 2; columns = []; layout(); }
     const ready = await fetch("ready");
