@@ -2612,6 +2612,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'aigc.serve.stub.Stub.__call__': ('serve/stub.html#stub.__call__', 'aigc/serve/stub.py'),
                                  'aigc.serve.stub.Stub.__init__': ('serve/stub.html#stub.__init__', 'aigc/serve/stub.py'),
                                  'aigc.serve.stub.Stub._answer': ('serve/stub.html#stub._answer', 'aigc/serve/stub.py'),
+                                 'aigc.serve.stub.Stub._metrics': ('serve/stub.html#stub._metrics', 'aigc/serve/stub.py'),
                                  'aigc.serve.stub.Stub._words': ('serve/stub.html#stub._words', 'aigc/serve/stub.py'),
                                  'aigc.serve.stub.serve_stub': ('serve/stub.html#serve_stub', 'aigc/serve/stub.py')},
             'aigc.serve.telemetry': { 'aigc.serve.telemetry.LogConfig': ('serve/telemetry.html#logconfig', 'aigc/serve/telemetry.py'),
