@@ -345,7 +345,8 @@ def test_the_salt_reaches_a_plain_endpoint_and_vllm(start, shared):
 def test_engines_tell_their_own_figures(start):
     g = start(({"name": "one", "words": 60, "seconds": 0.05}, {"name": "two", "weight": 0}))
     with httpx.stream("POST", g.url + CHAT, json=body(stream=True), headers=g.headers(), timeout=20) as r:
-        next(r.iter_lines())
+        lines = r.iter_lines()                                                            # held: when it goes, the client is gone
+        next(lines)
         eventually(lambda: sum(float(line.split()[-1]) for line in g.metrics().splitlines() if line.startswith("aigc:engine_requests_running{") and 'model_name="docs"' in line) == 1)
     told = [v["engine"] for v in g.admin("GET", "/admin/status").json()["models"]["docs"]["variants"]]
     assert len(told) == 2 and all(0 <= t["kv_cache_usage_perc"] <= 1 and "prefix_cache_hits_total" in t for t in told)
