@@ -294,30 +294,3 @@ def test_people_vote_in_a_browser(tmp_path, language):
         assert errors == [] and set(requests) == {f"file://{tmp_path/'page.html'}"}
         context.close()
     assert sorted(v.score for v in read_votes(tmp_path/"votes.json", key)) == [.5, 1, 1, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.services
-def test_people_vote_in_label_studio(label_studio):
-    "Pairs and answers go to a real server with both templates, two people answer there, and their votes and grades come back as ours."
-    from aigc.data.annotate import LabelStudio
-    from aigc.evals.judge import Pair
-    from aigc.evals.people import blind_page, label_studio_grades, label_studio_votes, preference_records, push_answers, push_pairs
-    server = LabelStudio(*label_studio)
-    pairs = [Pair(id=f"p{n}", ask=f"问题 {n}?", baseline="worse <b>x</b>", candidate=f"好的回答 {n}") for n in range(6)]
-    _, key = blind_page(pairs, seed=5)
-    project = push_pairs(server, "pairs", pairs, key)
-
-    def annotate(project, result):
-        tasks = server._call("GET", f"/api/projects/{project}/tasks?page_size=100")
-        for task in tasks: server._call("POST", f"/api/tasks/{task['id']}/annotations/", {"result": result(task["data"])})
-        return len(tasks)
-    def likes_the_candidate(data): return [{"from_name": "vote", "to_name": "ask", "type": "choices", "value": {"choices": ["left" if "好" in data["left"] else "right"]}}]
-    assert annotate(project, likes_the_candidate) == annotate(project, likes_the_candidate) == 6
-    votes = label_studio_votes(server.export(project), key)
-    assert len(votes) == 12 and {v.score for v in votes} == {1.0} and {v.id for v in votes} == set(key["candidate_left"]) and votes[0].judge.startswith("label-studio-")
-    assert [r.chosen[0].content for r in preference_records(pairs, votes)] == [p.candidate for p in pairs]
-    graded = push_answers(server, "answers", [{"id": p.id, "ask": p.ask, "answer": p.candidate} for p in pairs])
-    annotate(graded, lambda data: [{"from_name": "grade", "to_name": "answer", "type": "rating", "value": {"rating": 4}}, {"from_name": "reason", "to_name": "answer", "type": "textarea", "value": {"text": ["清楚"]}}])
-    assert label_studio_grades(server.export(graded)) == {p.id: [.75] for p in pairs}
-    with pytest.raises(AigcError, match="refused"): server.create("broken", form="<View><Nonsense name=")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIOR', 'ITEMS', 'WORLDS', 'proportion_bounds', 't_quantile', 'clustered_error', 't_bounds',
-           'clustered_proportion_bounds', 'score_interval', 'difference_interval', 'draw_world', 'coverage_cell',
-           'proportion_table', 'over_seeds']
+           'clustered_proportion_bounds', 'score_interval', 'difference_interval', 'paired_share_bounds', 'draw_world',
+           'coverage_cell', 'proportion_table', 'over_seeds']
 
 # %% ../../nbs/evals/09_intervals.ipynb #83f9b463
 import math
@@ -75,13 +75,25 @@ def score_interval(values: Sequence[float], groups: Sequence[Hashable] | None = 
 
 
 def difference_interval(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95) -> Interval:
-    "The mean of `a` − `b` over the same items, by t on the differences; clustered where `groups` repeat."
+    """The mean of `a` − `b` over the same items: of right/wrong items by `paired_share_bounds`, else by t on the differences; clustered where `groups` repeat.
+
+    Scores from 0 to 1 that all differ by the same amount have no spread to go by: their interval is that of as many right/wrong items (or groups) without a change."""
     a, b = _column(a, "a"), _column(b, "b")
     if len(a) != len(b): _group_sums([a, b], None)  # raises
-    d = a - b
+    d, both = a - b, np.concatenate([a, b])
     sums, counts = _group_sums([d, np.ones_like(d)], groups)
-    low, high = t_bounds(sums, counts, level)
+    if np.isin(both, (0, 1)).all() and len(sums) == len(d): low, high = paired_share_bounds((d > 0).sum(), (d < 0).sum(), len(d), level)
+    else:
+        low, high = t_bounds(sums, counts, level)
+        if high - low < 1e-12 and both.min() >= 0 and both.max() <= 1: low, high = d.mean() + np.array(paired_share_bounds(0, 0, len(sums), level))
     return Interval(float(d.mean()), float(low), float(high), len(d), level, len(sums))
+
+
+def paired_share_bounds(wins, losses, n: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    "Ends of the interval of (`wins` − `losses`) / `n` of paired right/wrong items: Bonett and Price 2012, one item more on either side, so that no change in ten items is not proof of none."
+    p, q = (np.asarray(wins) + 1) / (n + 2), (np.asarray(losses) + 1) / (n + 2)
+    half = special.ndtri(.5 + level / 2) * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return np.clip(p - q - half, -1, None), np.clip(p - q + half, None, 1)
 
 # %% ../../nbs/evals/09_intervals.ipynb #ebf84f59
 ITEMS = (30, 100, 300, 1000)

@@ -221,7 +221,8 @@ def judge_report(pairs: Sequence[Pair], votes: Sequence[Vote], people: Sequence[
     usable = [v for v in votes if v.score is not None]
     decided = [s == "A" for v in votes for s in (v.first, v.second) if s in ("A", "B")]
     judges = sorted({v.judge for v in votes})
-    between = [agreement(pooled([v for v in votes if v.judge == a]), pooled([v for v in votes if v.judge == b]))[0] for n, a in enumerate(judges) for b in judges[n + 1:]]
+    by = [pooled([v for v in votes if v.judge == j]) for j in judges]
+    between = [agreement(a, b)[0] for n, a in enumerate(by) for b in by[n + 1:] if a.keys() & b.keys()]  # a judge that says nothing usable agrees with nobody
     said = pooled(people)
     with_people = agreement(scores, said) if scores.keys() & said.keys() else None
     return JudgeReport(score_interval(y, groups), length_controlled(y, [len(of[i].candidate) for i in ids], [len(of[i].baseline) for i in ids]) if len(ids) >= 10 else None, sum(bool(v.consistent) for v in usable) / len(usable),

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.errors import AigcError, UsageError, unknown
 from ..core.store import Store, is_ref
 from .ask import Result, read_results
-from .drift import Drift, level_of
+from .drift import Drift
 from .intervals import score_interval
 from .measure import read_items
 from .plot import STYLE, Panel, dot_plot
@@ -299,6 +299,6 @@ def _document(title: str, body: str) -> str:
 def drift_page(moved: Drift, name: str, source: str, runs: Sequence[Run] = ()) -> str:
     "The page of a drift: the card, and, with the runs of source and model (in this order), what it did to every task."
     against = compare_runs(runs) if runs else []
-    lines = [f"{name} is {level_of(moved.kl.mean)} away from {source}: {moved}.", *(verdict_lines(runs, against) if runs else [])]
+    lines = [f"{name} against {source}: {moved}.", *(verdict_lines(runs, against) if runs else [])]
     tasks = "".join(_metric_cells(runs, against, t) for t in runs[0].summary.tasks) + _slices_html(runs) + _samples_html(runs) if runs else ""
     return _document(f"Drift of {name} from {source}", "<section class='verdict'>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + f"</section>{moved.html(name, source)}{tasks}")

@@ -202,7 +202,9 @@ class LLM:
     def load(cls, model: str, *, dtype=None, device: str | None = None, store=None, **how) -> "LLM":
         "The model called `model` (an alias, a folder, a store reference, a Hub id)."
         import aigc.quant.plugin  # noqa: F401  (checkpoints in our own quantized format)
-        return cls(*load_model(model, dtype=dtype, device=device, store=store), name=str(model), **how)
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, store=store)
+        if hasattr(loaded, "merge_and_unload"): loaded = loaded.merge_and_unload()  # an adapter becomes one with its base
+        return cls(loaded, tokenizer, name=str(model), **how)
 
     def _run(self, requests: Several[Request]) -> Iterator[tuple[int, Chunk | AigcError]]:
         keys = [object() for _ in requests]
