@@ -177,6 +177,10 @@ def test_chinese_profile_keeps_chinese_and_drops_rubbish(sample):
     rng = random.Random(5)
     rubbish = {"repeated": lambda t: t[:6]*40, "latin-1": lambda t: t.encode().decode("latin-1"), "menu": lambda t: "\n".join(t[i:i+2] for i in range(0, 60, 2)), "symbols": lambda t: "".join(c + "#★" for c in t[:100]), "one line": lambda t: (t[:40] + "\n")*12,
                "spam": lambda t: t[:60] + "加微信领取优惠，扫码关注，低价代理一手货源。"*2, "any characters": lambda t: "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(200)), "keys": lambda t: "".join(rng.choice("asdfghjkl ") for _ in range(300))}
+    shuffled = ["".join(rng.sample(t, len(t))) for t in everything if len(t) >= 60]
+    caught = sum(check_text(t, profile_for(t)) is not None for t in shuffled)/len(shuffled)
+    print(f"kept {kept}; shuffled characters caught {caught:.3f} of {len(shuffled)}")
+    assert caught >= 0.9
     for name, make in rubbish.items():
         bad = [make(t) for t in everything if len(t) >= 60]
         assert sum(check_text(t, profile_for(t)) is not None for t in bad) >= 0.98*len(bad), name

@@ -8,7 +8,7 @@ __all__ = ['data', 'collect_command', 'examine', 'inspect_command']
 # %% ../../nbs/cli/40_data.ipynb #97ab362a
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .feedback import feedback_command
-from ..core.errors import UsageError
+from ..core.errors import AigcError, UsageError
 from ..data.card import lengths, split_facts, token_counter
 from ..data.clean import Drop
 from ..data.formats import read_data
@@ -36,16 +36,21 @@ data.command("feedback")(feedback_command)
 # %% ../../nbs/cli/40_data.ipynb #23de9f40
 @data.command("collect")
 def collect_command(
-    out: Annotated[Path, typer.Option(help="the JSONL file to write")] = Path("pydocs.jsonl"),
+    urls: Annotated[Optional[list[str]], typer.Argument(metavar="[URL]...", help="files to fetch by HTTP, instead of functions")] = None,
+    out: Annotated[Path, typer.Option(help="the JSONL file to write; for URLs the folder")] = Path("pydocs.jsonl"),
     package: Annotated[list[str], typer.Option(help="stdlib, or a package or module by import name; may be given again")] = ["stdlib"],
     max_chars: Annotated[int, typer.Option(min=1, help="longest function, in characters without its docstring")] = 500,
     limit: Annotated[int, typer.Option(min=0, help="stop after that many functions; 0 means all")] = 0,
     seed: Annotated[int, typer.Option(help="decides the sample when limit is set")] = 42,
+    rate: Annotated[float, typer.Option(min=0.01, help="URLs: most requests a second to one host")] = 1.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="URLs: largest file, in megabytes")] = 500,
+    allow_address: Annotated[list[str], typer.Option(help="URLs: an address that may be used though it is not public, such as 10.1.2.3; may be given again")] = [],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ):
-    """Write functions and their docstrings as records, one a line. Nothing is imported or run.
+    """Write functions and their docstrings as records, one a line (nothing is imported or run); or fetch files by HTTP into a folder, obeying robots.txt.
 
     Example: aigc data collect --package json --package textwrap --out raw.jsonl"""
+    if urls: return _collect_urls(urls, Path("collected") if out == Path("pydocs.jsonl") else out, rate, max_mb, allow_address, as_json)
     found = collect(package, max_chars=max_chars, limit=limit, seed=seed)
     if not found.records: raise UsageError("no function with a docstring was found", place=", ".join(package), remedy="name another package, or set --max-chars higher")
     written = write_jsonl(out, found.records)
@@ -54,6 +59,18 @@ def collect_command(
     typer.echo(f"{written:,} functions of {found.files:,} files in {out}; {len(found.drops):,} more are longer than {max_chars} characters")
     for d in found.unreadable: typer.echo(f"set aside: {d.place}: {d.value}")
     typer.echo(f"look at them: aigc data inspect {out}")
+
+# %% ../../nbs/cli/40_data.ipynb #d8d081d4
+def _collect_urls(urls: list[str], out: Path, rate: float, max_mb: int, allow: list[str], as_json: bool) -> None:
+    from aigc.data.web import Manners, collect_urls
+    if out.suffix == ".jsonl": raise UsageError(f"files go into a folder, and '{out}' is the name of a file", place="--out", remedy="name a folder")
+    files, refused = collect_urls(urls, out, Manners(per_second=rate, most_bytes=max_mb*1_000_000, allow=tuple(allow)))
+    if as_json: typer.echo(json.dumps({"out": str(out), "files": [f.model_dump() for f in files], "refused": [d.model_dump(exclude_defaults=True) for d in refused]}, ensure_ascii=False, indent=1))
+    else:
+        for f in files: typer.echo(f"{f.bytes:>14,} bytes  {out/f.path}  {f.url}")
+        for d in refused: typer.echo(f"refused: {d.reason}: {d.value}  {d.place}")
+    if not files: raise AigcError(f"none of {len(urls)} files was fetched ({refused[0].reason}: {refused[0].value})", place="collect")
+    if not as_json: typer.echo(f"look at them: aigc data inspect {out}")
 
 # %% ../../nbs/cli/40_data.ipynb #db84114b
 def _read(what: str) -> tuple[dict[str, list[Record]], list[Drop]]:

@@ -205,9 +205,12 @@ def docstring_rules(records: Iterable[Record], *, max_answer: int = 100) -> list
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+_CONTROLS = bytes(i for i in range(128) if _BROKEN.match(chr(i)))
+
+
 def _unreadable(r: Record):
     text = r.ask + r.answer
-    bad = len(_BROKEN.findall(text))
+    bad = len(text) - len(text.encode().translate(None, _CONTROLS)) if text.isascii() else len(_BROKEN.findall(text))
     return bad if bad > 0.01*max(1, len(text)) else None
 
 
@@ -217,13 +220,13 @@ _TEMPLATE = re.compile(r"(?<![\\\w{])\{\{[-\s]*[A-Za-z_][\w.]*(?:\([^{}]*\)|\[[^
 
 def control_token(r: Record):
     "A chat template's own token inside what somebody said: it would end the turn it stands in."
-    m = _CONTROL.search(r.ask) or _CONTROL.search(r.answer)
+    m = next((m for t in (r.ask, r.answer) if any(x in t for x in ("<|", "INST", "SYS>>", "_of_turn>", "<\uff5c")) and (m := _CONTROL.search(t))), None)
     return m[0] if m else None
 
 
 def template(r: Record):
     "A placeholder that nobody filled in, or that a template engine would run."
-    m = _TEMPLATE.search(r.ask) or _TEMPLATE.search(r.answer)
+    m = next((m for t in (r.ask, r.answer) if ("{{" in t or "{%" in t) and (m := _TEMPLATE.search(t))), None)
     return m[0][:80] if m else None
 
 

@@ -335,7 +335,7 @@ def _on_ray(work: Path, numbers: Sequence[int]) -> None:
 # %% ../../nbs/data/82_engine.ipynb #3e16df57
 def _write(work: Path, out: Path, the: Plan, facts: Facts, merged: dict) -> dict[str, Any]:
     "The splits, the rejected rows, the figures and the report; every file appears whole."
-    m = np.load(work/"merge.npz", allow_pickle=False)
+    with np.load(work/"merge.npz", allow_pickle=False) as kept: m = {name: kept[name] for name in kept.files}  # once: an NpzFile reads an array anew each time it is asked
     names, bases = list(the.recipe.shares), [work/"shards"/f"{k:06d}" for k in range(len(the.shards))]
     ids = [json.loads(line)["id"] for line in _lines(bases)]
     files = {name: open(work/f"{name}.part", "w", encoding="utf-8") for name in (*names, "rejected")}

@@ -173,7 +173,7 @@ def jaccard_pairs(texts: list[bytes], left: np.ndarray, right: np.ndarray, ngram
 # %% ../../nbs/data/36_hashing.ipynb #dc7ee501
 @nb.njit(nogil=True)  # not cached: numba 0.68 crashes in the copy of this one that it reads back from the disk
 def _repeated(data, a, b, out):
-    "`out[0:3]`: share of tokens in the most frequent 2-, 3-, 4-gram; `out[3:9]`: share of tokens in 5- to 10-grams that repeat."
+    "`out[0:3]`: largest share of tokens that one 2-, 3-, 4-gram (standing there three times or more) covers; `out[3:9]`: share of tokens in 5- to 10-grams that repeat."
     tokens = np.empty(b - a + 1, np.uint64)
     n = _tokens(data, a, b, tokens)
     out[:] = 0.0
@@ -184,11 +184,13 @@ def _repeated(data, a, b, out):
         if m < 2: break
         for j in range(m): grams[j] = _gram(tokens, j, n, G)
         if G <= 4:
-            s = np.sort(grams[:m]); best = run = 1
-            for j in range(1, m):
-                run = run + 1 if s[j] == s[j-1] else 1
-                best = max(best, run)
-            out[G-2] = best*G/n if best > 2 else 0.0
+            order, best, k = np.argsort(grams[:m], kind="mergesort"), 0, 0  # stable: places of one gram come in order
+            while k < m:
+                end, covers = k + 1, G
+                while end < m and grams[order[end]] == grams[order[k]]: covers += min(G, order[end] - order[end-1]); end += 1  # what overlaps counts once
+                if end - k > 2: best = max(best, covers)
+                k = end
+            out[G-2] = best/n
         else:
             order = np.argsort(grams[:m])
             covered = np.zeros(n, np.bool_)
@@ -205,7 +207,7 @@ def _repeated(data, a, b, out):
 
 
 def repetition(text: bytes) -> tuple[int, np.ndarray]:
-    "Number of tokens, and `float64 [9]`: the share of the most frequent 2-, 3-, 4-gram, then that of repeated 5- to 10-grams."
+    "Number of tokens, and `float64 [9]`: the largest share that one 2-, 3-, 4-gram covers, then that of repeated 5- to 10-grams. All between 0 and 1."
     out = np.zeros(9)
     data = np.frombuffer(text or b" ", np.uint8)
     return int(_repeated(data, 0, len(data), out)), out

@@ -17,13 +17,17 @@ from .records import Record
 
 # %% ../../nbs/data/27_text.ipynb #795a1314
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROLS = bytes(i for i in range(128) if _INVISIBLE.match(chr(i)))
 _SPACES = str.maketrans({c: " " for c in "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f"} | {"\u2028": "\n", "\u2029": "\n\n"})
+_ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u2028\u2029]")  # translate costs ten times what the search costs, and most texts have none
 _MOJIBAKE = re.compile("[ÃÂâäåæçèéêëìíîïðñãàáœžšŸ][\u0080-\u00ff\u2010-\u203a\u0152-\u0192\u02c6\u02dc\u20ac\u2122]|ï¿½|锟斤拷|烫烫烫")
 
 
 def unicode_form(text: str) -> str:
     "NFC, ordinary spaces and line ends, no invisible and no control characters (joiners inside emoji and Indic words stay)."
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_SPACES)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.isascii(): return text.encode().translate(None, _CONTROLS).decode()
+    if _ODD_SPACE.search(text): text = text.translate(_SPACES)
     return unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
 
 
@@ -33,12 +37,13 @@ def mojibake(text: str) -> str:
 
 # %% ../../nbs/data/27_text.ipynb #b2ff7c74
 _WIDTH = {0xFF10 + i: 0x30 + i for i in range(10)} | {0xFF21 + i: 0x41 + i for i in range(26)} | {0xFF41 + i: 0x61 + i for i in range(26)} | {0x3000: 0x20, 0xFF0B: "+", 0xFF05: "%", 0xFF1D: "=", 0xFF20: "@", 0xFF03: "#", 0xFF06: "&", 0xFF0F: "/"}
+_WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\u3000\uff0b\uff05\uff1d\uff20\uff03\uff06\uff0f]")
 _HALF = re.compile("[\uff66-\uff9f]+")
 
 
 def width(text: str) -> str:
     "Full-width letters, digits and arithmetic signs in half width, half-width katakana in full; Chinese punctuation stays."
-    return text if text.isascii() else _HALF.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(_WIDTH))
+    return text if text.isascii() else _HALF.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(_WIDTH) if _WIDE.search(text) else text)
 
 
 @functools.cache
