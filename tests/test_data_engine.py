@@ -231,8 +231,8 @@ def test_a_ray_cluster_of_three_nodes_gives_the_local_bytes_though_a_node_dies(t
     try: from ray.cluster_utils import Cluster
     except ImportError: missing("ray")
     import ray
-    raw = corpus(tmp_path/"raw.jsonl", 20_000)
-    refine(raw, tmp_path/"local", workers=1, shard_bytes=300_000)
+    raw = corpus(tmp_path/"raw.jsonl", 6000)
+    refine(raw, tmp_path/"local", workers=1, shard_bytes=150_000)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     try:
@@ -243,7 +243,7 @@ def test_a_ray_cluster_of_three_nodes_gives_the_local_bytes_though_a_node_dies(t
             while markers(tmp_path/"ray") < 2: time.sleep(0.1)
             cluster.remove_node(nodes[0], allow_graceful=False)
         killer = threading.Thread(target=lose, daemon=True); killer.start()
-        refine(raw, tmp_path/"ray", shards_on="ray", shard_bytes=300_000)
+        refine(raw, tmp_path/"ray", shards_on="ray", shard_bytes=150_000)
         killer.join(60)
         assert len([n for n in ray.nodes() if n["Alive"]]) == 2
     finally: ray.shutdown(); cluster.shutdown()
