@@ -44,6 +44,7 @@ def _model():
     return LangDetector(LangDetectConfig(max_input_length=None))
 
 
+@functools.lru_cache(maxsize=4)  # a record's text is asked about by its rules, by the languages to keep and by the report
 def language(text: str) -> tuple[str, float]:
     """`(code, confidence)`: an ISO code such as `en`, `zh`, `ja`; `?` for a text without letters.
 

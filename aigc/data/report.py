@@ -27,9 +27,9 @@ def _bars(counts: Mapping[str, int], total: int, label=lambda k: k) -> str:
 def _by_size(counts: Mapping[str, int]) -> dict[str, int]: return dict(sorted(counts.items(), key=lambda x: (-x[1], x[0])))
 
 
-def _range(bits: str) -> str:
+def _range(bits: str, unit: str = "characters") -> str:
     n = int(bits)
-    return "0" if n == 0 else f"{2**(n-1):,} to {2**n - 1:,} characters"
+    return "0" if n == 0 else f"{2**(n-1):,} to {2**n - 1:,} {unit}"
 
 # %% ../../nbs/data/81_report.ipynb #b4762ce3
 def report_html(f: Mapping[str, Any]) -> str:
@@ -42,11 +42,28 @@ def report_html(f: Mapping[str, Any]) -> str:
            "<h2>Complete</h2><p>What records lack. Not every field is needed; a missing answer always is.</p>", _bars(_by_size(f["missing"]), kept) if f["missing"] else "<p>Nothing is missing.</p>",
            "<h2>Clean</h2><h3>Set aside</h3>", *_reasons(f, read), "<h3>Changed</h3>", _bars(_by_size(f["changed"]), read) if f["changed"] else "<p>Nothing was changed.</p>"]
     if f["before_after"]: out += ["<h3>Before and after</h3><table>", *(f"<tr><td><del>{_e(a)}</del></td><td><ins>{_e(b)}</ins></td></tr>" for a, b in f["before_after"]), "</table>"]
-    if f["benchmarks"]: out += ["<h3>Benchmarks</h3><table><tr><th>benchmark<th>items<th>records dropped</tr>", *(f"<tr><td>{_e(b['benchmark'])}</td><td class=n>{b['items']:,}</td><td class=n>{b['records']:,}</td></tr>" for b in f["benchmarks"]), "</table>"]
+    if f.get("benchmarks"): out += ["<h3>Benchmarks</h3><table><tr><th>benchmark<th>items<th>records dropped</tr>", *(f"<tr><td>{_e(b['benchmark'])}</td><td class=n>{b['items']:,}</td><td class=n>{b['records']:,}</td></tr>" for b in f["benchmarks"]), "</table>"]
     out += ["<h2>Consistent</h2><h3>Languages</h3>", _bars(_by_size(f["languages"]), max(1, sum(f["languages"].values()))), "<h3>Forms</h3>", _bars(_by_size(f["forms"]), max(1, sum(f["forms"].values()))),
-            "<h3>Lengths</h3>", _bars(dict(sorted(f["lengths"].items(), key=lambda x: int(x[0]))), max(1, sum(f["lengths"].values())), _range), "<p class=seen>Languages, forms and lengths are of the records that passed the rules, before duplicates were taken out.</p>",
-            "<h3>Splits</h3>", _bars(f["splits"], kept), "<h2>Recipe</h2><table>", *(f"<tr><td><code>{_e(k)}</code></td><td class=seen>{_e(v)}</td></tr>" for k, v in f["recipe"].items()), "</table></html>"]
+            "<h3>Lengths</h3>", _bars(dict(sorted(f["lengths"].items(), key=lambda x: int(x[0]))), max(1, sum(f["lengths"].values())), _range), *(["<h3>Tokens</h3>", f"<p class=seen>{_e(_unit(f))} of a whole record</p>", _bars(dict(sorted(f["tokens"].items(), key=lambda x: int(x[0]))), max(1, sum(f["tokens"].values())), lambda k: _range(k, "tokens"))] if f.get("tokens") else []),
+            "<p class=seen>Languages, forms, lengths, sources and licences are of the records that passed the rules, before duplicates were taken out.</p>",
+            "<h3>Splits</h3>", _bars(f["splits"], kept), *_origin(f), "<h2>Recipe</h2><table>", *(f"<tr><td><code>{_e(k)}</code></td><td class=seen>{_e(v)}</td></tr>" for k, v in f["recipe"].items()), "</table></html>"]
     return "\n".join(out)
+
+
+def _unit(f: Mapping[str, Any]) -> str:
+    model = f["recipe"].get("tokenizer")
+    return f"Tokens of {model}" if model else "Words and Chinese characters"
+
+
+def _origin(f: Mapping[str, Any], most: int = 30) -> list[str]:
+    "Licences, sources and files."
+    out = ["<h2>Origin</h2>"]
+    for title, key in (("Licences", "licences"), ("Sources", "sources")):
+        if counts := f.get(key): out += [f"<h3>{title}</h3>", _bars(dict(list(_by_size(counts).items())[:most]), max(1, sum(counts.values())))]
+    if files := f.get("files"):
+        out += ["<h3>Lineage</h3><table><tr><th>file<th>rows<th>passed<th>fetched from</tr>", *(f"<tr><td>{_e(x['file'])}</td><td class=n>{x['read']:,}</td><td class=n>{x['passed']:,}</td><td class=seen>{_e(x.get('url', ''))} {_e(x.get('fetched', ''))} {_e(x.get('sha256', '')[:12])}</td></tr>" for x in files[:most]), "</table>"]
+        if len(files) > most: out.append(f"<p class=seen>and {len(files)-most:,} more files (report.json has all)</p>")
+    return out if len(out) > 1 else []
 
 
 def _reasons(f: Mapping[str, Any], read: int) -> list[str]:
@@ -64,4 +81,8 @@ def report_markdown(f: Mapping[str, Any]) -> str:
     out += ["## Clean", "", *table(["set aside", "rows", "an example (value seen)"], [[f"`{r}`", f"{n:,}", (lambda e: f"{e[0][2][:80]} ({e[0][1][:60]})" if e else "")(f["examples"].get(r))] for r, n in f["reasons"].items()])]
     if f["changed"]: out += table(["changed", "records"], _by_size(f["changed"]).items())
     out += ["## Consistent", "", *table(["split", "records"], f["splits"].items()), *table(["language", "records"], _by_size(f["languages"]).items()), *table(["form", "records"], f["forms"].items())]
+    if f.get("tokens"): out += [f"{_unit(f)} of a record:", "", *table(["tokens", "records"], [[_range(k, "tokens"), f"{n:,}"] for k, n in sorted(f["tokens"].items(), key=lambda x: int(x[0]))])]
+    if f["before_after"]: out += ["## Before and after", "", *table(["before", "after"], [[a[:160], b[:160]] for a, b in f["before_after"]])]
+    if f.get("licences"): out += ["## Origin", "", *table(["licence", "records"], _by_size(f["licences"]).items()), *table(["source", "records"], list(_by_size(f["sources"]).items())[:30])]
+    if f.get("files"): out += table(["file", "rows", "passed", "fetched from"], [[x["file"], f"{x['read']:,}", f"{x['passed']:,}", x.get("url", "")] for x in f["files"][:30]])
     return "\n".join(out)

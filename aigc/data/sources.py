@@ -270,7 +270,7 @@ def _code(source, name: str, stem: str, o: "Options") -> Iterator[Row]:
 CODE = (".py", ".js", ".ts", ".java", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".rb", ".sh", ".sql", ".scala", ".kt", ".php", ".cs", ".swift", ".r", ".lua")
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text, ".text": _text, ".md": _text, ".html": _html, ".htm": _html, **dict.fromkeys(CODE, _code)}
 KINDS = tuple(_READERS)
-_NOT_DATA = {"rejected.jsonl", "card.json", "artifact.json", "run.json", "report.json", "README.md"}
+_NOT_DATA = {"rejected.jsonl", "collected.jsonl", "card.json", "artifact.json", "run.json", "report.json", "README.md"}
 
 
 @dataclass(frozen=True)
