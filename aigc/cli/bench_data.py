@@ -115,7 +115,7 @@ elif name == "datatrove":
     from datatrove.utils.hashing import HashConfig
     from datatrove.data import Document
     import numpy as np
-    step = MinhashDedupSignature(output_folder="/tmp", config=MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8))
+    step = MinhashDedupSignature(output_folder=path + ".signatures", config=MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8))
     step.get_shingles("warm up of the tokenizer, five words or more")
     start = time.process_time()
     m = np.array([np.concatenate([np.asarray(b, dtype=np.uint64) for b in step.get_signature(step.get_shingles(t))]) if len(t.split()) > 4 else np.arange(112, dtype=np.uint64) + i*1000 for i, t in enumerate(docs)])
@@ -152,20 +152,21 @@ def _peers(texts: list[str], n: int, folder: Path) -> dict[str, Any]:
     sign = time.process_time() - start
     pairs = candidates(signed[0]); lsh = time.process_time() - start - sign
     clock = time.process_time(); found = find_duplicates(corpus, threshold=0.7, signed=signed); verify = time.process_time() - clock
-    def score(dropped): return {"precision": round(len(dropped & copies)/max(1, len(dropped)), 4), "recall": round(len(dropped & copies)/len(copies), 4)}
+    def score(dropped, copies=copies): return {"precision": round(len(dropped & copies)/max(1, len(dropped)), 4), "recall": round(len(dropped & copies)/max(1, len(copies)), 4)}
     rows = {"aigc": {"docs_s": round(n/(sign + lsh)), "sign_s": round(sign, 3), "lsh_s": round(lsh, 3), "verify_s": round(verify, 3), **score(set((found.of >= 0).nonzero()[0].tolist()))},
             "aigc without verification": {"docs_s": round(n/(sign + lsh)), **score({int(i) for i, _ in pairs})}}
-    python = Path(os.environ.get("AIGC_PEERS") or Path.home()/".cache"/"aigc"/"peers")/"data-peers"/"bin"/"python"
+    peers = Path(os.environ.get("AIGC_PEERS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"aigc"/"peers")
     for name in ("rensa", "datasketch", "datatrove"):
-        share = 20 if name == "datatrove" else 1  # it is slow: a twentieth of the documents, and no recall
-        path = folder/"planted.jsonl"
-        if share > 1:
-            few = path.read_text(encoding="utf-8").splitlines(True)[:n//share]; path = folder/"few.jsonl"; path.write_text("".join(few), encoding="utf-8")
-        ran = subprocess.run([str(python) if python.exists() else sys.executable, "-c", _PEER, name, str(path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}) if python.exists() or name == "rensa" else None
-        if ran is None or ran.returncode: rows[name] = {"missing": (ran.stderr.strip().splitlines() or ["?"])[-1][:100] if ran else f"no {python.parent}"}; continue
+        python, path, m = peers/name/"bin"/"python", folder/"planted.jsonl", n
+        if not python.exists(): rows[name] = {"missing": f"{python} (run: kernels/bench/peers.sh {name})"}; continue
+        if name == "datatrove":  # 150 times slower: the first fifth, whose copies are copies of something in it
+            m = n//5; few = path.read_text(encoding="utf-8").splitlines(True)[:m]; path = folder/"few.jsonl"; path.write_text("".join(few), encoding="utf-8")
+        ran = subprocess.run([str(python), "-c", _PEER, name, str(path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        if ran.returncode: rows[name] = {"failed": (ran.stderr.strip().splitlines() or ["?"])[-1][:160]}; continue
         got = json.loads(ran.stdout.splitlines()[-1])
-        rows[name] = {"docs_s": round(n/share/(got["sign"] + got["lsh"])), "sign_s": round(got["sign"], 3), "lsh_s": round(got["lsh"], 3), **(score(set(got["drop"])) if share == 1 else {})}
+        rows[name] = {"documents": m, "docs_s": round(m/(got["sign"] + got["lsh"])), "sign_s": round(got["sign"], 3), "lsh_s": round(got["lsh"], 3), **score(set(got["drop"]), {i for i in copies if i < m})}
     return rows
+
 
 # %% ../../nbs/cli/96_bench_data.ipynb #bf529ebd
 def bench_command(megabytes: Annotated[int, typer.Option(min=1, help="how much source text")] = 120, documents: Annotated[int, typer.Option(min=1000, help="documents of the MinHash comparison")] = 20_000, small: Annotated[bool, typer.Option(help="a minute instead of several")] = False):
@@ -179,11 +180,12 @@ def bench_command(megabytes: Annotated[int, typer.Option(min=1, help="how much s
     with tempfile.TemporaryDirectory() as f:
         folder = Path(f)
         steps = _steps(texts)
+        typer.echo(f"load average {os.getloadavg()[0]:.1f}; rates are of processor time, so that neighbours count little")
         for name, rate in steps.items(): typer.echo(f"  {name.removesuffix('_mb_s'):14} {rate:8.2f} MB/s a core")
         memory = _memory(texts, folder, (documents, 3*documents))
         for name, value in memory.items(): typer.echo(f"  {name:24} {value}")
         rows = _peers(texts, documents, folder)
-        for name, row in rows.items(): typer.echo(f"  {name:26} {row}")
+        for name, row in rows.items(): typer.echo(f"  {name:26} {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in row.items())}")
     best = max([r["docs_s"] for n, r in rows.items() if not n.startswith("aigc") and "docs_s" in r], default=0)
     finish({"megabytes": round(size), **steps, **memory, **{f"minhash_{n.replace(' ', '_')}_docs_s": r.get("docs_s") for n, r in rows.items()}, "minhash_precision": rows["aigc"]["precision"], "minhash_recall": rows["aigc"]["recall"],
             "ratio_fastest_peer": round(rows["aigc"]["docs_s"]/best, 2) if best else None, "terabyte_core_hours_computed": round(1e6/3600/steps["chain_mb_s"])})

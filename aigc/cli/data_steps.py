@@ -169,7 +169,7 @@ def mix_command(parts: Annotated[list[str], typer.Argument(metavar="DATA=WEIGHT.
             if isinstance(item, Drop): drops.append(item)
             else: count[name] += 1; yield item.model_copy(update={"source": item.source or name})
     mixed = unique(mixture([records(n) for n in names], weights, seed=seed, until=until))
-    _save(out, islice(mixed, limit) if limit else mixed, drops, {"from": dict(count)}, as_json)
+    _save(out, islice(mixed, limit) if limit else mixed, drops, {"from": count}, as_json)
 
 # %% ../../nbs/cli/41_data_steps.ipynb #72351c8c
 @data.command("decontaminate")

@@ -62,10 +62,10 @@ def step_facts(step: Step) -> StepFacts:
 
 # %% ../../nbs/data/70_card.ipynb #d3381a29
 def token_counter(tokenizer) -> Callable[[Sequence[Record]], list[int]]:
-    "A function that counts the tokens of whole examples, the chat template's own included."
+    "A function that counts the tokens of whole examples, the chat template's own included; a document is its text."
     def count(records):
-        messages = [[m.as_dict() for m in (r.messages or [*r.prompt, *r.chosen])] for r in records]
-        texts = [tokenizer.apply_chat_template(m, tools=r.tools, tokenize=False) for m, r in zip(messages, records)]
+        def whole(r): return r.text if r.text is not None else tokenizer.apply_chat_template([m.as_dict() for m in (r.messages or [*r.prompt, *r.chosen])], tools=r.tools, tokenize=False)
+        texts = [whole(r) for r in records]
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     return count
 
