@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 from conftest import missing
 
+from aigc.core.errors import AigcError
 from aigc.data.engine import Recipe, refine
 from aigc.data.formats import read_data
 from aigc.data.language import is_cjk
@@ -106,16 +107,19 @@ def test_every_field_of_the_recipe_changes_something(tmp_path):
         for k in range(12): f.write(json.dumps({"instruction": f"What is the {k} th prime number after one hundred and seven and how do you find it quickly", "output": f"answer {k} " + "".join(random.Random(k).choices("abcdefgh ", k=60))}).encode() + b"\n")
     (tmp_path/"more").mkdir(); (tmp_path/"more"/"a.py").write_text("def f():\n    return 1\n"); (tmp_path/"more"/"t.txt").write_text("One line here.\n\nAnother one.\n"); (tmp_path/"more"/"raw.jsonl").write_bytes(raw.read_bytes())
     bench = tmp_path/"bench.jsonl"; bench.write_bytes(raw.read_bytes().splitlines(True)[1])
+    from aigc.data.classifier import Labelled, fit
+    fit([Labelled("river hills town people bridge", True, "a"), Labelled("今天天气很好", False, "b")]*4).save(tmp_path/"filter")
     def seen(**given):
         folder = tmp_path/hashlib.sha256(repr(given).encode()).hexdigest()[:12]
-        try: f = refine(tmp_path/"more", folder, Recipe(**given), workers=1)
-        except Exception as e: return type(e).__name__
-        return tuple(f[k] if not isinstance(f[k], dict) else tuple(sorted(f[k].items())) for k in ("read", "kept", "reasons", "changed", "splits", "digest"))
+        f = refine(tmp_path/"more", folder, Recipe(**{"rejected_share": 1.0, "filter": str(tmp_path/"filter"), "least_score": 0.0} | given), workers=1)
+        return tuple(f[k] if not isinstance(f[k], dict) else tuple(sorted(f[k].items())) for k in ("read", "kept", "reasons", "changed", "splits", "licences", "tokens", "digest"))
     base = seen()
     other = {"mends": [], "rules": False, "max_chars": 60, "personal": [], "profile": "none", "shortest": 20, "languages": ["zh"], "benchmarks": [str(bench)], "near": 0.0, "leak": 0.0, "shares": {"train": 0.5, "test": 0.5}, "seed": 7, "unit": "paragraph",
-             "code": True, "max_bytes": 150, "rejected_share": 0.0}
-    assert set(other) == set(Recipe.model_fields)
+             "code": True, "max_bytes": 150, "least_score": 0.5, "tokenizer": "tiny", "licence": "CC0-1.0"}
+    assert set(other) | {"filter", "rejected_share"} == set(Recipe.model_fields)
     assert not [k for k, v in other.items() if seen(**{k: v}) == base]
+    assert seen(filter="", least_score=0.5) != seen(least_score=0.5)
+    with pytest.raises(AigcError, match="could not be read.*0% are allowed"): seen(rejected_share=0.0)
 
 
 # what hostile data do
