@@ -34,7 +34,41 @@ async def ask():
         ready = await client.get("/ready")
     print(json.dumps([refused.status_code, answered.status_code, ready.status_code, answered.text.strip().splitlines()[-1], answered.headers["x-aigc-variant"], m.verify.local()]))
 asyncio.run(ask())
+report = m.evaluate.local()
+from aigc.core.store import Store
+kept = Store().get(report)
+print(json.dumps([kept.name, kept.inputs == [served.follower.releases.get("docs").model], len(list(open(Store().path(report)/"items.jsonl")))]))
 for v in served.gateway.routes["docs"].variants: v.backend.stop()
+"""
+
+
+VLLM = """#!%s
+import sys
+from aigc.serve.stub import Stub, serve_stub
+told = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+assert sys.argv[1] == "serve" and told["--host"] == "127.0.0.1" and told["--tensor-parallel-size"] == "2" and len(told["--api-key"]) > 20, sys.argv
+assert open(sys.argv[2] + "/config.json").read()                     # the released folder, checked
+serve_stub(Stub(told["--served-model-name"], words=3), int(told["--port"]))
+"""
+INSIDE_VLLM = """
+import asyncio, json, os, sys, httpx
+import aigc.serve.modal_vllm as m
+served = m.Served()
+web = served.web.local()
+
+async def ask():
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(web), base_url="http://modal", timeout=60) as client:
+        body = {"model": "docs", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        refused, answered = await client.post("/v1/chat/completions", json=body), await client.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer " + sys.argv[1]})
+        ready = await client.get("/ready")
+        bodies = (await client.get("http://modal/health")).status_code
+    asked = httpx.get(f"http://127.0.0.1:{m.PORT}/v1/models").json()["bodies"][-1]
+    print(json.dumps([refused.status_code, answered.status_code, ready.status_code, "docs:Hi w1 w2" in answered.text.replace('"', "").replace("}", "") or answered.text.count("data:"), asked["model"], len(asked["cache_salt"])]))
+asyncio.run(ask())
+served.process.terminate()
+assert served.process.wait(10) is not None
+not_there = {"trl", "peft", "datasets", "papermill", "matplotlib", "scipy", "gguf", "rensa", "transformers", "torch"} & set(sys.modules)
+assert not not_there, not_there                                      # vLLM's image has packages of its own; the gateway asks for none of these
 """
 
 
@@ -53,6 +87,8 @@ def container(tmp_path_factory):
     releases = Releases(store)
     releases.create("docs", full_ref(work.artifact))
     releases.promote("docs", 1, override="a test")
+    with store.writing("dataset", "asks") as folder:
+        (folder/"test.jsonl").write_text("".join(json.dumps({"id": f"r{n}", "source": "test", "group": f"g{n}", "messages": [{"role": "user", "content": f"Describe f{n}(x)"}, {"role": "assistant", "content": f"Return {n}."}]}) + "\n" for n in range(3)))
     return root, python, site
 
 
@@ -60,13 +96,60 @@ def test_the_container_imports_becomes_ready_and_answers(container):
     root, python, site = container
     secret, key = new_key("me")
     (root/"empty").mkdir()
-    frozen = ModalConfig(release="docs", gpu="H100", snapshot=True, pins=pins()).model_dump_json()
+    frozen = ModalConfig(release="docs", gpu="H100", snapshot=True, pins=pins(), evaluate_data="dataset/asks:latest", evaluate_limit=3).model_dump_json()
     env = {"PATH": "/usr/bin:/bin", "HOME": str(root/"empty"), FROZEN: frozen, "AIGC_STORE": str(root/"store"), "AIGC_KEYS": json.dumps([key.model_dump(mode="json")]), "AIGC_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([python, "-c", INSIDE, str(site), secret], cwd=root/"empty", env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == [401, 200, 200, "data: [DONE]", "docs:1", {"production": "docs:1"}]
+    *_, answered, evaluated = done.stdout.strip().splitlines()
+    assert json.loads(answered) == [401, 200, 200, "data: [DONE]", "docs:1", {"production": "docs:1"}] and json.loads(evaluated) == ["docs-nightly", True, 3]
     without = subprocess.run([python, "-c", INSIDE, str(site), secret], cwd=root/"empty", env=env | {"AIGC_KEYS": ""}, capture_output=True, text=True, timeout=180)
     assert without.returncode and "no API key is set" in without.stderr                   # the paired negative: a public address without keys
+
+
+def test_the_container_of_vllm_starts_it_and_answers(container):
+    root, python, _ = container
+    secret, key = new_key("me")
+    (vllm := python.parent/"vllm").write_text(VLLM % python)
+    vllm.chmod(0o755)
+    (root/"vllm").mkdir()
+    env = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(root/"vllm"), FROZEN: ModalConfig(release="docs", gpu="H100:2", pins=pins()).model_dump_json(), "AIGC_STORE": str(root/"store"), "AIGC_KEYS": json.dumps([key.model_dump(mode="json")])}
+    done = subprocess.run([python, "-c", INSIDE_VLLM, secret], cwd=root/"vllm", env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, answered, ready, _, model, salt = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (refused, answered, ready, model, salt) == (401, 200, 200, "docs", 32)
+    vllm.write_text(f"#!{python}\nraise SystemExit(3)\n")
+    done = subprocess.run([python, "-c", INSIDE_VLLM, secret], cwd=root/"vllm", env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode and "it ended with exit code 3" in done.stderr                  # the paired negative: a vLLM that does not come up
+
+
+JOB = """
+import sys
+from aigc.run.modal_jobs import run_one
+import aigc
+assert aigc.__file__.startswith(sys.argv[1]), aigc.__file__
+print(run_one(open("spec.json").read(), sys.argv[2], commit=lambda: open("committed", "w").close()))
+"""
+
+
+def test_the_container_of_a_job_runs_it_and_commits(container, tmp_path):
+    from test_run import make_job
+    from aigc.run.executors import make_spec
+    from aigc.run.record import RunRecord
+    root, python, site = container
+    spec = make_spec(make_job(tmp_path, "10_x", "n: int = 1", "run.log(n=n)"), {"n": 3}, store=Store(tmp_path/"store"), at="/store")
+    (tmp_path/"spec.json").write_text(spec.model_dump_json(by_alias=True))
+    done = subprocess.run([python, "-c", JOB, str(site), str(tmp_path/"volume")], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = RunRecord.model_validate_json(done.stdout.strip().splitlines()[-1])
+    assert (record.status, record.metrics["n"]) == ("succeeded", 3) and (tmp_path/"committed").exists() and (tmp_path/"volume"/"runs"/record.id/"run.json").exists()
+
+
+def test_the_image_of_jobs_installs_the_wheel():
+    import ast
+    from aigc.run import modal_jobs
+    called = {n.func.attr for n in ast.walk(ast.parse(Path(modal_jobs.__file__).read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+    assert "add_local_file" in called and "add_local_python_source" not in called         # .py mounts carry no job
+    assert modal_jobs.image(modal_jobs.ModalOptions(), modal) is not None and modal_jobs.ModalOptions().python == f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def test_the_image_carries_the_page_the_launch_configurations_and_the_jobs(container):

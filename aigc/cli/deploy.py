@@ -39,7 +39,8 @@ def modal_command(release: Annotated[str, typer.Argument(help="a release's name:
     figures = _benchmark(benchmark)
     plan = upload_plan(Releases(), c.release)
     size = sum(path.stat().st_size for path, _ in plan)
-    if as_json and dry_run: return print_json(c.model_dump() | {"upload_files": len(plan), "upload_bytes": size, "price_per_hour": price_per_hour(c.gpu) if c.gpu else 0.0})
+    known = price_per_hour(c.gpu, c) if c.gpu else None
+    if as_json and dry_run: return print_json(c.model_dump(mode="json") | {"upload_files": len(plan), "upload_bytes": size, "price_per_hour": known[0] if known else None if c.gpu else 0.0, "price_of": known[1] if known else ""})
     for line in describe(c, figures): typer.echo(line)
     typer.echo(f"upload     {len(plan)} files, {size_text(size)}")
     if dry_run: return

@@ -13,7 +13,8 @@ from pathlib import Path
 import modal
 
 from ..core.errors import AigcError, UsageError
-from .modal_config import FROZEN, build_wheel, load_config, pins
+from ..core.wheel import build_wheel
+from .modal_config import FROZEN, load_config, pins
 
 log = logging.getLogger("aigc.serve")
 
@@ -130,7 +131,7 @@ def verify() -> dict[str, str]:
               schedule=modal.Cron(config.evaluate) if config.evaluate else None)
 def evaluate() -> str:
     "Measure the release in production; returns the reference of the report."
-    import tempfile
+    import shutil, tempfile
     import aigc.quant.plugin  # noqa: F401
     from aigc.core.settings import settings
     from aigc.core.store import Store
@@ -138,8 +139,11 @@ def evaluate() -> str:
     from aigc.serve.releases import Releases
     release, store = Releases().get(config.release), Store()
     rows, origin = label_models([release.model])
-    with tempfile.TemporaryDirectory() as work: report = compare_models(rows, config.evaluate_data, folder=Path(work), source=origin, split="test", limit=config.evaluate_limit, max_tokens=48, batch_size=16, seed=settings().seed)
-    with (writing := store.writing("report", f"{config.release}-nightly", inputs=[release.model], metrics=report.metrics(), card={"what": f"nightly evaluation of {release.id}"})) as folder: report.save(folder)
+    with tempfile.TemporaryDirectory() as work:
+        report = compare_models(rows, config.evaluate_data, folder=Path(work), source=origin, split="test", limit=config.evaluate_limit, max_tokens=48, batch_size=16, seed=settings().seed)
+        with (writing := store.writing("report", f"{config.release}-nightly", inputs=[release.model], metrics=report.metrics(), card={"what": f"nightly evaluation of {release.id}"})) as folder:
+            report.save(folder)
+            shutil.copyfile(Path(work)/"items.jsonl", folder/"items.jsonl")   # what a gate reads
     if not modal.is_local(): volume.commit()
     return writing.artifact.ref
 
