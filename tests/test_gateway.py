@@ -505,11 +505,11 @@ def test_redis_counts_as_this_process_does(redis_server):
         remote, local, rng = RedisCounters(redis_server.url), LocalCounters(), random.Random(0)
         for _ in range(200):
             name, amount = rng.choice("ab"), rng.choice([1, 3, 30, 90])
-            a, b = await remote.take(name, amount, 60, 6000), await local.take(name, amount, 60, 6000)
-            assert (a > 0) == (b > 0) and abs(a - b) < 5, (a, b)
+            (a, left), (b, here) = await remote.take(name, amount, 60, 6000), await local.take(name, amount, 60, 6000)
+            assert (a > 0) == (b > 0) and abs(a - b) < 5 and abs(left - here) < 0.1, (a, b, left, here)
             if rng.random() < 0.2: await remote.add(name, 20, 60, 6000); await local.add(name, 20, 60, 6000)
-            a, b = await remote.count("q" + name, amount, 1000), await local.count("q" + name, amount, 1000)
-            assert (a > 0) == (b > 0)
+            (a, left), (b, here) = await remote.count("q" + name, amount, 1000), await local.count("q" + name, amount, 1000)
+            assert (a > 0) == (b > 0) and left == here
         assert remote.up
         await remote.close()
     asyncio.run(both())

@@ -40,7 +40,7 @@ class Stub:
             else: self.given_up += 1
 
     def _metrics(self) -> str:
-        told = {"num_requests_running": self.running, "num_requests_waiting": 0, "kv_cache_usage_perc": min(1.0, self.running/100), "prefix_cache_queries_total": self.served, "prefix_cache_hits_total": 0}
+        told = {"num_requests_running": self.running, "num_requests_waiting": 0, "kv_cache_usage_perc": min(1.0, self.running/100), "prefix_cache_queries_total": self.served, "prefix_cache_hits_total": 0, "num_preemptions_total": 0}
         return "".join(f'vllm:{name}{{engine="0",model_name="{self.name}"}} {value}\n' for name, value in told.items())
 
     def _words(self, asked: dict) -> list[str]:
