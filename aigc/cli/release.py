@@ -26,13 +26,12 @@ def _verdict(report: str, policy: Path | None, baseline: str, file: Path | None)
     "The gate's decision: read from a file, or made here from the report by a policy."
     if file and policy: raise UsageError("a verdict and a policy that would make another", place="--verdict, --policy", remedy="give one of the two")
     if not file and not policy: return None
-    from aigc.evals.gate import GateVerdict, judge_run, read_policy
+    from aigc.evals.gate import judge_run, read_policy, read_verdict
     if policy:
         if not report: raise UsageError("a policy judges a report", place="--policy", remedy="give it: --report report/NAME:latest")
         from aigc.evals.verdict import read_run
         return judge_run(read_policy(policy), read_run(report), read_run(baseline) if baseline else None)
-    try: return GateVerdict.model_validate_json(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise UsageError(f"the verdict cannot be read ({str(e).splitlines()[0]})", place=str(file), remedy="make it with: aigc eval gate POLICY REPORT --out verdict.json") from None
+    return read_verdict(file)
 
 
 def _pair(text: str) -> tuple[str, int]:
