@@ -120,7 +120,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(place):
     words = [sys.executable, "-m", "aigc", "run", "evaluate", "--set", "model=tiny", "--set", f"data={place/'data'}", "--set", "limit=0", "--set", "max_tokens=100", "--set", "batch_size=1", "--set", "out=killed"]
     process = subprocess.Popen(words, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     def written(): return next((f for f in (place/"store").rglob("items.jsonl") if "evaluation" in f.parts and f.read_bytes().count(b"\n") >= 3), None)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (found := written()) and time.monotonic() < deadline and process.poll() is None: time.sleep(.02)
     assert found, "the evaluation never wrote an item"
     for p in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
