@@ -12,7 +12,7 @@ from aigc.core.errors import AigcError, UsageError
 from aigc.core.store import Store
 from aigc.run.executors import JobSpec, RayExecutor, make_spec, run_spec
 from aigc.run.pipeline import run_pipeline
-from aigc.run.record import list_runs
+from aigc.run.listing import list_runs
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import urllib.request
 import nbformat
 import pytest
 from conftest import missing
-from test_run import aigc
+from test_run import aigc, until
 
 from aigc.cli.lab import new_job
 
@@ -41,11 +41,15 @@ def jupyter(lab):
     process = subprocess.Popen([sys.executable, "-m", "aigc", "lab", str(lab/"notebooks"), "--port", str(port), "--no-browser"], env={**os.environ, **private, "HOME": str(lab), "AIGC_STORE": str(lab/"store")}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
-            try: urllib.request.urlopen(f"{address}/api/status", timeout=2); break
-            except OSError: time.sleep(0.5); assert process.poll() is None, "aigc lab has ended"
+        until(lambda: process.poll() is not None or _answers(f"{address}/api/status"), 300, "JupyterLab's answer")
+        assert process.poll() is None, "aigc lab has ended"
         yield address
     finally: process.terminate(); process.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try: return urllib.request.urlopen(address, timeout=20).status == 200
+    except OSError: return False
 
 
 @pytest.fixture
@@ -65,12 +69,13 @@ def test_a_job_in_the_browser(notebook, jupyter):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
         page = browser.new_page()
-        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset", timeout=180_000)
-        page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=180_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=180_000)
+        page.set_default_timeout(400_000)
+        page.goto(f"{jupyter}/lab/tree/{notebook.name}?reset")
+        page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+        page.wait_for_function("document.body.innerText.includes('| Idle') && document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'")  # the kernel is there
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))", timeout=180_000)
-        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=180_000)
+        page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.textContent.includes('16 rows'))")
+        page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'")
         assert "Mem" in page.locator("#jp-bottom-panel, .jp-StatusBar-Widget, #jp-main-statusbar").first.inner_text() or page.locator("text=/Mem:/").count()  # resource usage
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         for _ in range(60):

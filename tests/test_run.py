@@ -16,7 +16,8 @@ from aigc.run.jobs import declared_outputs, list_jobs, list_pipelines
 from aigc.run.parameters import code_cells, read_parameters
 from aigc.run.pipeline import load_pipeline, run_order
 from aigc.run.processes import run_processes
-from aigc.run.record import RunRecord, list_runs, read_record, runs_folder
+from aigc.run.listing import list_runs
+from aigc.run.record import RunRecord, read_record, runs_folder
 from aigc.run.runner import run_job
 from aigc.run.warm import warm_running
 

@@ -7,7 +7,7 @@ from conftest import missing
 from test_run import aigc, make_job
 
 from aigc.core.store import Store
-from aigc.run.record import list_runs
+from aigc.run.listing import list_runs
 from aigc.run.runner import run_job
 from aigc.run.site import write_site
 from aigc.run.sweep import list_sweeps, run_sweep

@@ -13,7 +13,8 @@ from aigc.core.errors import UsageError
 from aigc.core.store import Store
 from aigc.run.pipeline import Pipeline, Step, run_pipeline
 from aigc.run.processes import run_processes
-from aigc.run.record import list_runs, runs_folder
+from aigc.run.listing import list_runs
+from aigc.run.record import runs_folder
 from aigc.run.runner import run_job
 from aigc.run.slots import Stop
 from aigc.run.warm import _open, warm_parent, warm_running

@@ -18,7 +18,8 @@ from rich.table import Table
 from .bench import finish
 from .run import console
 from ..core.store import Store
-from ..run.record import RunRecord, list_runs, runs_folder, this_host, write_record
+from ..run.listing import list_runs
+from ..run.record import RunRecord, runs_folder, this_host, write_record
 from ..run.slots import cores
 from ..run.sweep import run_sweep
 

@@ -15,12 +15,13 @@ from rich.table import Table
 from .run import _run_pipeline, console
 from ..core.errors import AigcError
 from ..core.store import Store
-from ..run.record import RunRecord, list_runs
+from ..run.listing import list_runs
+from ..run.record import RunRecord
 
 # %% ../../nbs/cli/80_demo.ipynb #ecc108ff
 def newest(step: str, store: Store) -> RunRecord:
     "The newest good run of a pipeline's step, such as `demo/quantize`."
-    found = next((r for r in list_runs(store) if r.pipeline == step and r.status in ("succeeded", "cached")), None)
+    found = next((r for r in list_runs(store, pipeline=step) if r.status in ("succeeded", "cached")), None)
     if found is None: raise AigcError("no run of this step has succeeded", place=step, remedy="run: aigc demo")
     return found
 

@@ -27,7 +27,8 @@ from ..run.jobs import Job, find_job, find_pipeline, list_jobs, list_pipelines, 
 from ..run.page import write_page
 from ..run.parameters import describe_parameter, parse_value, read_parameters, split_setting
 from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, plan_pipeline, report_pages, run_pipeline
-from ..run.record import RunRecord, describe_run, find_run, list_runs, runs_folder
+from ..run.listing import find_run, list_runs, run_ids
+from ..run.record import RunRecord, describe_run, runs_folder
 from ..run.picture import pipeline_svg
 from ..run.runner import Progress, exit_code, find_cached, plan_job, run_job
 from ..run.site import compare_runs, write_site
@@ -318,7 +319,7 @@ def list_command(job: Annotated[str, typer.Option(help="only runs of this job")]
     """List runs, newest first.
 
     Example: aigc runs list --job sft"""
-    found = [r for r in list_runs() if not job or job in (r.job, short_name(r.job))]
+    found = list_runs(job=job, limit=limit and limit + 1)
     shown = found[:limit] if limit else found
     if as_json: return print_json([_dump(r) for r in shown])
     if not shown: return typer.echo(f"no runs yet in {Store().url}; make one with: aigc run smoke")
@@ -327,7 +328,7 @@ def list_command(job: Annotated[str, typer.Option(help="only runs of this job")]
         said = r.error.message if r.error else ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(r.metrics.items())[:4])
         table.add_row(r.id, r.pipeline or r.job, r.status, duration(r.wall_seconds), age_text(r.created), Text(said, overflow="ellipsis", no_wrap=True))
     console().print(table)
-    if len(found) > len(shown): typer.echo(f"… and {len(found) - len(shown)} more (--limit 0)")
+    if len(found) > len(shown): typer.echo(f"… and more: {len(run_ids()):,} runs in all (--limit 0)")
 
 
 @runs.command("show")

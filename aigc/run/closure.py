@@ -6,7 +6,7 @@
 __all__ = ['Source', 'read_source', 'Closure', 'closure']
 
 # %% ../../nbs/run/35_closure.ipynb #ead0dd4d
-import ast, functools, importlib.util, re, site, sysconfig
+import ast, functools, importlib.util, os, re, site, sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,9 +118,11 @@ _GENERATED = {"_jobs", "_pipelines", "__pycache__"}
 
 def _data_files(module: str, path: Path) -> dict[str, Path]:
     "Files that are no modules, in the folder of a module and below it down to the next package."
-    found = (p for p in path.parent.rglob("*") if p.suffix in _DATA and not _GENERATED & set(p.parts))
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return {f"{package}/{p.relative_to(path.parent).as_posix()}": p for p in found if not any((q/"__init__.py").is_file() for q in p.parents if path.parent in q.parents)}
+    package, found = module if path.name == "__init__.py" else module.rpartition(".")[0], {}
+    for folder, below, names in os.walk(path.parent):
+        below[:] = [b for b in below if b not in _GENERATED and not os.path.isfile(f"{folder}/{b}/__init__.py")]
+        for file in (Path(folder)/n for n in names if n.endswith(_DATA)): found[f"{package}/{file.relative_to(path.parent).as_posix()}"] = file
+    return found
 
 
 def closure(notebook: str | Path | dict) -> Closure:

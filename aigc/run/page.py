@@ -46,7 +46,7 @@ def metric_points(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
 
 # %% ../../nbs/run/70_page.ipynb #80f3439b
 _TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
-{% block input %}<details class="code"><summary><code>{{ cell.source | first_line }}</code></summary>{{ super() }}</details>{% endblock %}
+{% block input %}<details class="code"><summary><code>{{ cell.source | first_line }}</code></summary><div class="input_area">{{ cell.source | highlight_code(metadata=cell.metadata) }}</div></details>{% endblock %}
 """
 _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]  # no scripts, no widgets
 
@@ -75,7 +75,7 @@ def _exporter():
     "The exporter, whose templates take a quarter of a second to compile: once for all pages of this process."
     from nbconvert.exporters import HTMLExporter
     from traitlets.config import Config
-    return HTMLExporter(raw_template=_TEMPLATE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
+    return HTMLExporter(raw_template=_TEMPLATE, embed_images=True, optimistic_validation=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
                         config=Config({"NbConvertBase": {"display_data_priority": _SHOWN}}), filters={"first_line": _first_line})
 
 # %% ../../nbs/run/70_page.ipynb #755f20ea

@@ -21,7 +21,8 @@ from ..core.progress import duration
 from ..core.store import Store
 from .jobs import Job, declared_outputs, find_job, find_pipeline, list_pipelines
 from .parameters import Parameter, apply_parameters, parse_value, read_parameters, split_setting
-from .record import RunRecord, list_runs
+from .listing import list_runs
+from .record import RunRecord
 from .runner import Watch, exit_code, find_cached, plan_job, run_job
 from .slots import Pool, Stop
 from .warm import warm_running
@@ -234,8 +235,8 @@ def select_jobs(pipeline: Pipeline, begin: str = "", until: str = "") -> tuple[s
 
 def last_made(pipeline: Pipeline, name: str, store: Store) -> RunRecord:
     "The newest successful run of this job in this pipeline whose outputs are all there. Raises `UsageError` when there is none."
-    for record in list_runs(store):
-        if record.pipeline == f"{pipeline.name}/{name}" and record.status in ("succeeded", "cached"):
+    for record in list_runs(store, pipeline=f"{pipeline.name}/{name}"):
+        if record.status in ("succeeded", "cached"):
             with contextlib.suppress(AigcError):
                 for ref in record.outputs.values(): store.path(ref)
                 return record

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Status', 'RESERVE_BYTES', 'STALE_SECONDS', 'RunError', 'Host', 'RunRecord', 'write_whole', 'write_record',
-           'this_host', 'is_alive', 'read_record', 'runs_folder', 'keep_sources', 'list_runs', 'find_run',
-           'describe_run', 'CurrentRun', 'current_run', 'read_metrics']
+           'this_host', 'is_alive', 'read_record', 'runs_folder', 'keep_sources', 'describe_run', 'CurrentRun',
+           'current_run', 'read_metrics']
 
 # %% ../../nbs/run/30_record.ipynb #42b22de5
-import atexit, contextlib, gc, gzip, html, json, math, os, platform, shutil, tempfile, uuid
+import atexit, contextlib, gzip, html, json, math, os, platform, shutil, tempfile, uuid
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.errors import AigcError, UsageError, unknown
 from ..core.progress import duration
 from ..core.store import Artifact, Store
-from .redact import redact, redact_data
+from .redact import redact, redact_data, secret_values
 
 # %% ../../nbs/run/30_record.ipynb #5c16a675
 Status = Literal["running", "succeeded", "failed", "killed", "timeout", "cached"]
@@ -85,8 +85,9 @@ def write_whole(path: Path, text: str | bytes) -> None:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     "Write `run.json`; secrets of this environment are blanked. A record that is not `running` any more may use up the run's reserve on a full disk."
-    clean = record.model_copy(update={n: redact_data(getattr(record, n)) for n in ("parameters", "key_parts", "metrics")})
-    if record.error: clean.error = RunError(**redact_data(record.error.model_dump()))
+    secrets = secret_values()
+    clean = record.model_copy(update={n: redact_data(getattr(record, n), secrets) for n in ("parameters", "key_parts", "metrics")})
+    if record.error: clean.error = RunError(**redact_data(record.error.model_dump(), secrets))
     text = clean.model_dump_json(by_alias=True, indent=1)
     try: write_whole(folder/"run.json", text)
     except OSError:
@@ -154,31 +155,6 @@ def keep_sources(runs: Path, folder: Path, sources: dict[str, str], paths: dict[
         if not (kept := runs/".sources"/f"{sha}.gz").exists(): write_whole(kept, gzip.compress(paths[name].read_bytes(), 6))
     (folder/"closure.json").write_text(json.dumps(sources), encoding="utf-8")
 
-
-def list_runs(store: Store | None = None) -> list[RunRecord]:
-    "All runs, newest first; a folder whose record cannot be read is left out."
-    found, collecting = [], gc.isenabled()
-    gc.disable()  # ten thousand records are many objects and no garbage
-    try:
-        for entry in os.scandir(runs_folder(store)):
-            if entry.name.startswith("."): continue
-            with contextlib.suppress(AigcError): found.append(read_record(entry.path))
-    except FileNotFoundError: pass  # no run yet
-    finally:
-        if collecting: gc.enable()
-    return sorted(found, key=lambda r: (r.created, r.id), reverse=True)
-
-
-def find_run(name: str, store: Store | None = None) -> tuple[RunRecord, Path]:
-    "A run and its folder by id, by the beginning or the end of its id, by job (its newest run), or `last`."
-    folder = runs_folder(store)
-    if (folder/name/"run.json").is_file(): return read_record(folder/name), folder/name
-    runs = list_runs(store)
-    fits = runs[:1] if name == "last" else [r for r in runs if r.id.startswith(name) or r.id.endswith(f"-{name}")]
-    if len(fits) > 1: raise UsageError(f"{len(fits)} runs fit", place=name, remedy="write more of the id")
-    fits = fits or [r for r in runs if name in (r.job, r.job.split("_", 1)[-1])][:1]
-    if not fits: raise unknown("run", name, [r.id for r in runs], place=str(folder))
-    return fits[0], folder/fits[0].id
 
 # %% ../../nbs/run/30_record.ipynb #6eeb7780
 def describe_run(record: RunRecord) -> list[tuple[str, str]]:

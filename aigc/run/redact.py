@@ -51,9 +51,10 @@ def redact(text: str, secrets: list[str] | None = None) -> str:
     return _USERINFO.sub(BLANK, _SHAPE.sub(BLANK, text))
 
 # %% ../../nbs/run/00_redact.ipynb #cb494da3
-def redact_data(value):
-    "A copy of JSON data with every secret in its strings blanked."
-    if isinstance(value, str): return redact(value)
-    if isinstance(value, dict): return {k: redact_data(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [redact_data(v) for v in value]
+def redact_data(value, secrets: list[str] | None = None):
+    "A copy of JSON data with every secret in its strings blanked; `secrets` as in `redact`."
+    secrets = secret_values() if secrets is None else secrets
+    if isinstance(value, str): return redact(value, secrets)
+    if isinstance(value, dict): return {k: redact_data(v, secrets) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [redact_data(v, secrets) for v in value]
     return value

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from ..core.errors import AigcError
 from ..core.store import Store
 from .parameters import code_cells
-from .record import RunRecord, list_runs, runs_folder
+from .listing import list_runs
+from .record import RunRecord, runs_folder
 
 # %% ../../nbs/run/85_why.ipynb #c53a6e7c
 class Change(NamedTuple):
@@ -79,7 +80,7 @@ def why(record: RunRecord, store: Store | None = None, before: RunRecord | None 
     Raises `AigcError` when the run that it is compared with is gone."""
     runs = runs_folder(store)
     if record.status == "cached" and before is None: return Why(record.id, record.cached_from, [], f"it did not run: nothing had changed since {record.cached_from}, whose outputs these are")
-    before = before or next((r for r in list_runs(store) if (r.job, r.pipeline) == (record.job, record.pipeline) and r.created < record.created and r.status != "cached"), None)
+    before = before or next((r for r in list_runs(store, job=record.job) if r.pipeline == record.pipeline and r.created < record.created and r.status != "cached"), None)
     if before is None: return Why(record.id, "", [], "it is the first run of this job here")
     old, new, changes = before.key_parts, record.key_parts, []
     for part in dict.fromkeys([*new, *old]):
