@@ -38,6 +38,7 @@ def spawned(monkeypatch): monkeypatch.setenv("AIGC_SPAWN", "1")
 def both(request, monkeypatch):
     "Once as a fork of the warm parent, once with a spawned kernel."
     if request.param == "spawned": monkeypatch.setenv("AIGC_SPAWN", "1")
+    return request.param
 
 
 @pytest.fixture
@@ -52,6 +53,13 @@ def make_job(lab: Path, name: str, parameters: str, *cells: str) -> Path:
                             metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, lab/f"{name}.ipynb")
     return lab/f"{name}.ipynb"
+
+
+def in_pipeline(job: Path) -> Path:
+    "A pipeline of this job and another one that waits for it: with more than one job to do, `aigc run` forks from a warm parent."
+    make_job(job.parent, "90_after", "data: str = ''", "run.log(x=1)")
+    job.with_suffix(".yaml").write_text(f"name: counting\njobs:\n  first: {{job: {job.name}}}\n  after: {{job: 90_after.ipynb, set: {{data: $first.count}}}}\n")
+    return job.with_suffix(".yaml")
 
 
 def environment(lab: Path, **more) -> dict:
@@ -148,21 +156,23 @@ def test_plain_papermill_is_as_strict(lab):
 # ---- kills
 
 @pytest.mark.parametrize("victims", ["kernel", "child", "supervisor", "supervisor and child"])
-def test_sigkill_leaves_nothing_running(lab, victims):
-    job = make_job(lab, "30_count", "steps: int = 400", *COUNTING)
-    aigc_run = start(lab, "run", job)
+def test_sigkill_leaves_nothing_running(lab, both, victims):
+    "The child is the process between the supervisor and the cells: papermill with a kernel below it, or the warm parent whose fork runs the cells."
+    supervisor = start(lab, "run", in_pipeline(make_job(lab, "30_count", "steps: int = 400", *COUNTING)))
     run = only_run(lab)
-    assert run.status == "running" and len(run_processes(run.id)) >= 4
+    assert run.status == "running" and len(run_processes(run.id)) >= (3 if both == "forked" else 4)
     kernel = psutil.Process(int((lab/"mark").read_text()))
-    child = psutil.Process(aigc_run.pid).children()[0]
-    for process in {"kernel": [kernel], "child": [child], "supervisor": [psutil.Process(aigc_run.pid)], "supervisor and child": [child, psutil.Process(aigc_run.pid)]}[victims]: process.kill()
+    assert (kernel.parent().pid != supervisor.pid) and ("warm" in " ".join(kernel.cmdline())) == (both == "forked")
+    whom = {"kernel": [kernel], "child": [kernel.parent()], "supervisor": [psutil.Process(supervisor.pid)], "supervisor and child": [kernel.parent(), psutil.Process(supervisor.pid)]}[victims]
+    for process in whom: process.kill()
     until(lambda: only_run(lab).status != "running", 3.0, "a truthful status")
     if victims != "supervisor and child": until(lambda: not run_processes(run.id), 4.0, "the end of all processes")
     else: until(lambda: not kernel.is_running(), 2.0, "the end of the kernel")
-    aigc_run.communicate(timeout=30)
+    supervisor.communicate(timeout=30)
     killed = only_run(lab)
     assert (killed.id, killed.status) == (run.id, "killed") and killed.error
-    assert aigc_run.returncode == (-9 if "supervisor" in victims else 1)
+    assert supervisor.returncode == (-9 if "supervisor" in victims else 1)
+    assert not Store(lab/"store").list() and not list((lab/"store").rglob("*.part"))
     for left in run_processes(run.id): left.kill()
 
 

@@ -137,3 +137,43 @@ def test_random_draws_repeat(lab):
     for _ in range(2): draws.append([r.values for r in run_sweep(job, ["rate=1e-4..1:log"], sampler="random", trials=4, seed=7, metric="loss", store=Store(lab/"store")).rows])
     assert draws[0] == draws[1] and len({d["rate"] for d in draws[0]}) == 4
     assert sum(r.status == "cached" for r in list_runs(Store(lab/"store"))) == 4
+
+
+# ---- over pipelines
+
+CHAIN = """
+name: chain
+parameters: {rows: 3, seed: 0}
+jobs:
+  make: {job: 10_make.ipynb, set: {rows: $rows}}
+  fit:  {job: 20_fit.ipynb, set: {data: $make.dataset, seed: $seed}}
+  judge: {job: 30_judge.ipynb, set: {model: $fit.model}}
+"""
+
+
+@pytest.fixture
+def chain(lab):
+    make_job(lab, "10_make", "rows: int = 1", "with (w := Store().writing('dataset', 'd')) as f: (f/'train.jsonl').write_text('x\\n'*rows)\nrun.output('dataset', w.artifact)")
+    make_job(lab, "20_fit", "data: str = ''\nrate: float = 0.1\nseed: int = 0", "with (w := Store().writing('model', 'fit', inputs=[data])) as f: (f/'rate').write_text(str(rate + seed/100))\nrun.output('model', w.artifact)\nrun.log(loss=99)")
+    make_job(lab, "30_judge", "model: str = ''", "run.log(loss=abs(float((Store().path(model)/'rate').read_text()) - 0.3))")
+    (lab/"chain.yaml").write_text(CHAIN)
+    return lab/"chain.yaml"
+
+
+def test_a_sweep_over_a_pipeline(lab, chain):
+    done = aigc(lab, "sweep", chain, "--grid", "fit.rate=0.1,0.3", "--metric", "judge.loss", "--seeds", "1,2", "--slots", "2", "--promote", "chosen", "--output", "fit.model", "--json")
+    found, store = json.loads(done.stdout), Store(lab/"store")
+    assert done.returncode == 0 and found["rows"][found["best"]]["values"] == {"fit.rate": 0.3} and [len(r["reached"]) for r in found["rows"]] == [2, 2], done.stderr
+    assert (store.path(found["promoted"])/"rate").read_text() in ("0.31", "0.32")
+    runs = list_runs(store)
+    assert [sum(r.job == j for r in runs) for j in ("10_make", "20_fit", "30_judge")] == [4, 4, 4]
+    assert sum(r.status == "succeeded" for r in runs if r.job == "10_make") == 1  # what the trials share is done once
+    for wrong, sentence in {("--grid", "fit.rats=1,2"): "did you mean 'fit.rate'", ("--grid", "rows=1,2", "--set", "fit.seeds=1"): "did you mean 'fit.seed'", ("--grid", "rows=1,2", "--set", "rows=4"): "is set and varied"}.items():
+        refused = aigc(lab, "sweep", chain, *wrong)
+        assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
+
+
+def test_a_failed_pipeline_is_never_the_best(lab, chain):
+    make_job(lab, "20_fit", "data: str = ''\nrate: float = 0.1\nseed: int = 0", "if rate > 0.2: raise ValueError('diverged')\nwith (w := Store().writing('model', 'fit')) as f: (f/'rate').write_text('0.3')\nrun.output('model', w.artifact)")
+    sweep = run_sweep(chain, ["fit.rate=0.1,0.3"], metric="loss", store=Store(lab/"store"), slots=2)
+    assert sweep.best.values == {"fit.rate": 0.1} and [r.status for r in sweep.rows] == ["succeeded", "failed"]

@@ -25,8 +25,8 @@ from ..core.store import Store
 from ..run.debug import debug_notebook
 from ..run.jobs import Job, find_job, find_pipeline, list_jobs, list_pipelines, short_name
 from ..run.page import write_page
-from ..run.parameters import describe_parameter, parse_value, read_parameters, split_setting
-from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, plan_pipeline, report_pages, run_pipeline
+from ..run.parameters import Parameter, describe_parameter, parse_value, read_parameters, split_setting
+from ..run.pipeline import Pipeline, Result, apply_settings, load_pipeline, pipeline_parameters, plan_pipeline, report_pages, run_pipeline
 from ..run.listing import find_run, list_runs, run_ids
 from ..run.record import RunRecord, describe_run, runs_folder
 from ..run.picture import pipeline_svg
@@ -115,18 +115,19 @@ def _print_run(record: RunRecord, folder: Path) -> None:
     out.print(table)
 
 # %% ../../nbs/cli/30_run.ipynb #f916f335
-def _told(job: Job, settings: list[str]) -> dict:
+def _told(known: dict[str, Parameter], place: str, settings: list[str]) -> dict:
     "Settings of the command line as typed values."
-    known, told = {p.name: p for p in read_parameters(job.path)}, {}
+    told = {}
     for name, text in map(split_setting, settings):
-        if name not in known: raise unknown("parameter", name, known, job.short)
+        if name not in known: raise unknown("parameter", name, known, short_name(place))
         told[name] = parse_value(known[name], text)
     return told
 
 
 def _run_job(target: str, settings: list[str], store: Store, force: bool, dry_run: bool, timeout: float | None, memory: int | None, as_json: bool) -> int:
     job = find_job(target)
-    known, told = {p.name: p for p in read_parameters(job.path)}, _told(job, settings)
+    known = {p.name: p for p in read_parameters(job.path)}
+    told = _told(known, job.name, settings)
     if dry_run:
         plan = plan_job(job, told, store)
         will = "cached" if not force and find_cached(plan, store) else "runs"
@@ -244,7 +245,8 @@ def _run_elsewhere(executor: str, target: str, settings: list[str], store: Store
         if find_pipeline(target): records = run_pipeline(load_pipeline(target), settings, store=store, force=force, timeout=timeout, slots=slots, executor=where, say=reporter.say)
         else:
             job = find_job(target)
-            records = [Result(job.short, where.run(job, _told(job, settings), store=store, force=force, timeout=timeout, say=reporter.say))]
+            told = _told({p.name: p for p in read_parameters(job.path)}, job.name, settings)
+            records = [Result(job.short, where.run(job, told, store=store, force=force, timeout=timeout, say=reporter.say))]
     if as_json: print_json([_dump(r.record) for r in records])
     else: console().print(_result_table(records))
     return next((exit_code(r.record) for r in records if r.record and exit_code(r.record)), 0)
@@ -275,10 +277,10 @@ class _LiveTable(Reporter):
 
 @sweep_app.command()
 def sweep_command(
-    target: Annotated[str, typer.Argument(metavar="JOB", help="a job's name, or a path to .ipynb")],
-    axes: Annotated[list[str], typer.Option("--grid", metavar="NAME=A,B|LOW..HIGH[:log]", help="what is varied: values, or for random and tpe a range")] = [],
+    target: Annotated[str, typer.Argument(metavar="JOB|PIPELINE", help="a name, or a path to .ipynb or .yaml")],
+    axes: Annotated[list[str], typer.Option("--grid", metavar="NAME=A,B|LOW..HIGH[:log]", help="what is varied: values, or for random and tpe a range; in a pipeline also JOB.NAME=…")] = [],
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="a parameter that all trials share")] = [],
-    metric: Annotated[str, typer.Option(help="the logged value that decides")] = "",
+    metric: Annotated[str, typer.Option(help="the logged value that decides; in a pipeline JOB.METRIC")] = "",
     mode: Annotated[str, typer.Option(help="min or max: which way is better")] = "min",
     sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna)")] = "grid",
     trials: Annotated[int, typer.Option(help="how many, for random and tpe", min=1)] = 10,
@@ -286,22 +288,25 @@ def sweep_command(
     prune: Annotated[bool, typer.Option("--prune", help="stop weak trials early (tpe)")] = False,
     slots: Annotated[int, typer.Option(help="trials side by side; 0: one a core", min=0)] = 0,
     promote_to: Annotated[str, typer.Option("--promote", metavar="NAME", help="keep the best trial's output as an artifact of this name")] = "",
-    timeout: Annotated[float, typer.Option(help="seconds after which a trial is stopped; 0 for none", min=0)] = 0,
+    output: Annotated[str, typer.Option(help="which output --promote keeps; in a pipeline JOB.OUTPUT")] = "",
+    timeout: Annotated[float, typer.Option(help="seconds after which a job is stopped; 0 for none", min=0)] = 0,
     memory: Annotated[str, typer.Option(help="memory a trial may hold, such as 4GB")] = "",
     force: Annotated[bool, typer.Option("--force", help="run even what is done already")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ):
-    """Run one job over a grid, a random sample, or an optimizer's proposals, and say which values are best.
+    """Run one job or pipeline over a grid, a random sample, or an optimizer's proposals, and say which values are best.
 
     Example: aigc sweep sft --grid learning_rate=1e-4,3e-4,1e-3 --metric eval_loss --seeds 1,2,3"""
     if mode not in ("min", "max"): raise unknown("mode", mode, ("min", "max"))
     try: repeated = [int(s) for s in seeds.split(",") if s.strip()]
     except ValueError as e: raise UsageError("seeds are whole numbers", place=f"--seeds {seeds}") from e
-    job = find_job(target)
+    pipeline = load_pipeline(target) if find_pipeline(target) else None
+    job = pipeline or find_job(target)
+    known = {p.name: p for p in (pipeline_parameters(pipeline) if pipeline else read_parameters(job.path))}
     with _LiveTable() as live:
-        sweep = run_sweep(job, list(axes), metric=metric, mode=mode, sampler=sampler, trials=trials, seeds=repeated or None, prune=prune, parameters=_told(job, settings), slots=slots or None,
+        sweep = run_sweep(job, list(axes), metric=metric, mode=mode, sampler=sampler, trials=trials, seeds=repeated or None, prune=prune, parameters=_told(known, job.name, settings), slots=slots or None,
                           timeout=timeout or None, memory=_bytes(memory), force=force, show=live.show, say=lambda line: None)
-    made = promote(sweep, promote_to) if promote_to and sweep.best else None
+    made = promote(sweep, promote_to, output) if promote_to and sweep.best else None
     if as_json: print_json(json.loads(sweep.model_dump_json()) | {"best": sweep.best and sweep.best.number, "promoted": made and made.ref})
     else:
         console().print(_sweep_table(sweep))

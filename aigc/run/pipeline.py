@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'Pipeline', 'Reference', 'as_reference', 'references', 'fill', 'needs', 'run_order', 'load_pipeline',
-           'check_pipeline', 'apply_settings', 'Result', 'run_pipeline', 'select_jobs', 'last_made', 'plan_pipeline',
-           'report_pages']
+           'check_pipeline', 'pipeline_parameters', 'set_values', 'apply_settings', 'Result', 'run_pipeline',
+           'select_jobs', 'last_made', 'plan_pipeline', 'report_pages']
 
 # %% ../../nbs/run/90_pipeline.ipynb #e164ca45
 import contextlib, re
@@ -139,29 +139,34 @@ def _check_reference(pipeline: Pipeline, reference: Reference, place: str) -> No
         raise unknown("output", f"${reference.name}.{reference.output}", [f"${reference.name}.{o}" for o in outputs], place)
 
 # %% ../../nbs/run/90_pipeline.ipynb #608b33a3
-def apply_settings(pipeline: Pipeline, settings: list[str]) -> Pipeline:
-    "A copy of the pipeline with `name=value` and `job.name=value` settings applied and checked."
-    copy = pipeline.model_copy(deep=True)
-    place = f"pipeline {pipeline.name}"
-    for name, text in map(split_setting, settings):
+def pipeline_parameters(pipeline: Pipeline) -> list[Parameter]:
+    "What a pipeline can be told: its own parameters, and those of each job as `job.name`."
+    own = [Parameter(name=n, annotation=kind if (kind := type(v).__name__) in ("int", "float", "bool", "str", "list", "dict") else "Any", default=v) for n, v in pipeline.parameters.items()]
+    return own + [p.model_copy(update={"name": f"{job}.{p.name}"}) for job in pipeline.jobs for p in read_parameters(pipeline.job_of(job).path)]
+
+
+def set_values(pipeline: Pipeline, values: dict[str, Any]) -> Pipeline:
+    "A copy of the pipeline with (typed) values for `name` and `job.name`, checked. Raises `UsageError`."
+    copy, place = pipeline.model_copy(deep=True), f"pipeline {pipeline.name}"
+    for name, value in values.items():
         job, dot, parameter = name.partition(".")
         if not dot:
             if name not in copy.parameters: raise unknown("parameter", name, [*copy.parameters, *(f"{j}.{p}" for j in copy.jobs for p in copy.jobs[j].set)], place)
-            copy.parameters[name] = _like(name, copy.parameters[name], text)
-            continue
-        if job not in copy.jobs: raise unknown("job", job, copy.jobs, place)
-        known = {p.name: p for p in read_parameters(copy.job_of(job).path)}
-        if parameter not in known: raise unknown("parameter", parameter, known, f"{place}, job {job}")
-        copy.jobs[job].set[parameter] = parse_value(known[parameter], text)
+            copy.parameters[name] = value
+        elif job not in copy.jobs: raise unknown("job", job, copy.jobs, place)
+        else: copy.jobs[job].set[parameter] = value
     check_pipeline(copy)
     return copy
 
 
-def _like(name: str, default: Any, text: str) -> Any:
-    "Text read as the type of the pipeline's own value."
-    kind = type(default).__name__
-    if kind in ("int", "float", "bool", "str", "list", "dict"): return parse_value(Parameter(name=name, annotation=kind, default=default), text)
-    return yaml.safe_load(text)
+def apply_settings(pipeline: Pipeline, settings: list[str]) -> Pipeline:
+    "A copy of the pipeline with `name=value` and `job.name=value` settings (texts) applied and checked."
+    known, values = {p.name: p for p in pipeline_parameters(pipeline)}, {}
+    for name, text in map(split_setting, settings):
+        job, dot, parameter = name.partition(".")
+        if dot and job in pipeline.jobs and name not in known: raise unknown("parameter", parameter, [k.partition(".")[2] for k in known if k.startswith(f"{job}.")], f"pipeline {pipeline.name}, job {job}")
+        values[name] = text if name not in known else yaml.safe_load(text) if known[name].annotation == "Any" else parse_value(known[name], text)
+    return set_values(pipeline, values)
 
 # %% ../../nbs/run/90_pipeline.ipynb #e2654d58
 class Result(NamedTuple):
@@ -176,23 +181,24 @@ class Result(NamedTuple):
 
 
 def run_pipeline(pipeline: str | Path | Pipeline, settings: list[str] | None = None, *, store: Store | None = None, force: bool = False, timeout: float | None = None, memory: int | None = None,
-                 slots: int = 1, begin: str = "", until: str = "", executor: Any = None, watch: Watch | None = None, say: Callable[[str], None] = lambda line: None) -> list[Result]:
+                 slots: int = 1, begin: str = "", until: str = "", executor: Any = None, environment: dict[str, str] | None = None, watch: Watch | None = None, say: Callable[[str], None] = lambda line: None,
+                 stopping: Stop | None = None) -> list[Result]:
     """Run all jobs of a pipeline and return their results in order; a failed job is a result, not an exception, and stops only the jobs that need it.
 
     `settings` are texts such as `model=tiny` and `sft.lr=1e-4`; `timeout` (seconds) and `memory` (bytes) hold for each job. Jobs that do not need each other run side by side in `slots`.
     `begin` runs this job and all that need it anew, on what the jobs before it made last; `until` ends with this job and what it needs.
-    `executor` (see `aigc.run.executors`) runs the jobs elsewhere."""
+    `executor` (see `aigc.run.executors`) runs the jobs elsewhere; `environment` holds variables for the jobs, `stopping` lets another thread end them."""
     pipeline = apply_settings(pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline), settings or [])
     store = store or Store()
     chosen, again = select_jobs(pipeline, begin, until)
-    results, stopping, waiting = {}, Stop(), [n for n in run_order(pipeline) if n in chosen]
+    results, listens, stopping, waiting = {}, slots > 1 and stopping is None, stopping or Stop(), [n for n in run_order(pipeline) if n in chosen]
     outputs = {n: made.outputs for n in run_order(pipeline) if begin and n not in again and (made := last_made(pipeline, n, store))}
     for name in [n for n in waiting if n in outputs]: waiting.remove(name); results[name] = Result(name, last_made(pipeline, name, store), pipeline.jobs[name].budget)
 
     def act(name):
-        return lambda environment: _run_step(pipeline, name, outputs, store, force or name in again, timeout, memory, environment, stopping, watch, say, executor)
+        return lambda slot: _run_step(pipeline, name, outputs, store, force or name in again, timeout, memory, {**slot, **(environment or {})}, stopping, watch, say, executor)
 
-    with warm_running() if len(waiting) > 1 and executor is None else contextlib.nullcontext(), stopping.listening() if slots > 1 else contextlib.nullcontext(), Pool(slots) as pool:
+    with warm_running() if len(waiting) > 1 and executor is None else contextlib.nullcontext(), stopping.listening() if listens else contextlib.nullcontext(), Pool(slots) as pool:
         while waiting or pool.running:
             if stopping.times: waiting = _give_up(pipeline, waiting, results, "the pipeline was stopped")
             for name in list(waiting):

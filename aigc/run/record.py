@@ -17,7 +17,7 @@ import psutil
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.errors import AigcError, UsageError, unknown
+from ..core.errors import AigcError, UsageError
 from ..core.progress import duration
 from ..core.store import Artifact, Store
 from .redact import redact, redact_data, secret_values

@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import AigcError, UsageError, require, unknown
 from ..core.store import Artifact, Store
-from .jobs import Job, find_job
+from .jobs import Job, find_job, find_pipeline
 from .parameters import Parameter, apply_parameters, parse_value, read_parameters
+from .listing import list_runs
+from .pipeline import Pipeline, load_pipeline, pipeline_parameters, run_order, run_pipeline, set_values
 from .record import RunRecord, read_metrics, read_record, runs_folder, write_whole
 from .runner import Watch, exit_code, run_job
 from .slots import Pool, Stop, cores
@@ -189,13 +191,13 @@ def _short(value: Any) -> str: return f"{value:.3g}" if isinstance(value, float)
 # %% ../../nbs/run/92_sweep.ipynb #ae81816a
 class _Pruning:
     "Watches one run: each new value of the metric goes to the sampler, which may end the run."
-    def __init__(self, sampler, trial: Trial, metric: str, store: Store, lock: threading.Lock, watch: Watch | None):
-        self.sampler, self.trial, self.metric, self.store, self.lock, self.next = sampler, trial, metric, store, lock, watch
+    def __init__(self, sampler, trial: Trial, what: Any, store: Store, lock: threading.Lock, watch: Watch | None):
+        self.sampler, self.trial, self.metric, self.where, self.store, self.lock, self.next = sampler, trial, what.metric, what.where, store, lock, watch
         self.stopping, self.pruned, self.seen = Stop(), False, 0
 
     def __call__(self, progress) -> None:
         if self.next: self.next(progress)
-        if self.metric not in progress.run.metrics or self.pruned: return
+        if self.metric not in progress.run.metrics or self.pruned or self.where and not progress.run.pipeline.endswith(f"/{self.where}"): return
         rows = [r for r in read_metrics(runs_folder(self.store)/progress.run.id) if self.metric in r]
         for step, row in list(enumerate(rows, 1))[self.seen:]:
             self.seen = step
@@ -212,29 +214,61 @@ def _value(record: RunRecord, metric: str, told: str) -> float | None:
     except ValueError as e: raise UsageError(f"the metric '{metric}' is a word ({value!r})", place=f"run {record.id}") from e
 
 # %% ../../nbs/run/92_sweep.ipynb #43c559ff
-def run_sweep(job: str | Path | Job, axes: list[str | Axis], *, metric: str = "", mode: Literal["min", "max"] = "min", sampler: Literal["grid", "random", "tpe"] = "grid", trials: int = 10,
+class _Jobs:
+    "Trials that are runs of one job."
+    def __init__(self, job: Job, metric: str): self.job, self.name, self.short, self.known, self.metric, self.where = job, job.name, job.short, read_parameters(job.path), metric, ""
+
+    def check(self, told: dict[str, Any]) -> None: apply_parameters(self.known, told, self.short)
+    def run(self, told: dict[str, Any], label: str, watcher: "_Pruning", **how) -> RunRecord: return run_job(self.job, told, pipeline=label, watch=watcher, stopping=watcher.stopping, **how)
+
+
+class _Pipelines:
+    "Trials that are runs of a whole pipeline. The metric `evaluate.loss` is one of the job `evaluate`; without a job's name it is the last job's."
+    def __init__(self, pipeline: Pipeline, metric: str):
+        self.pipeline, self.name, self.short, self.known = pipeline, pipeline.name, pipeline.name, pipeline_parameters(pipeline)
+        job, dot, rest = metric.partition(".")
+        self.where, self.metric = (job, rest) if dot and job in pipeline.jobs else (run_order(pipeline)[-1], metric)
+
+    def check(self, told: dict[str, Any]) -> None: set_values(self.pipeline, told)
+
+    def run(self, told: dict[str, Any], label: str, watcher: "_Pruning", **how) -> RunRecord | None:
+        "The record of the job that failed, or of the one whose metric decides, with the seconds of all; what is the same in several trials is done once."
+        trial = set_values(self.pipeline, told)
+        trial.name = label
+        results = [r for r in run_pipeline(trial, watch=watcher, stopping=watcher.stopping, **how) if r.record]
+        chosen = next((r.record for r in results if exit_code(r.record)), None) or next((r.record for r in results if r.name == self.where), None)
+        return chosen and chosen.model_copy(update={"wall_seconds": sum(r.record.wall_seconds for r in results)})
+
+
+def _trials_of(job: str | Path | Job | Pipeline, metric: str) -> _Jobs | _Pipelines:
+    if isinstance(job, (str, Path)) and find_pipeline(job): job = load_pipeline(job)
+    if isinstance(job, Pipeline): return _Pipelines(job, metric)
+    return _Jobs(job if isinstance(job, Job) else find_job(job), metric)
+
+
+def run_sweep(job: str | Path | Job | Pipeline, axes: list[str | Axis], *, metric: str = "", mode: Literal["min", "max"] = "min", sampler: Literal["grid", "random", "tpe"] = "grid", trials: int = 10,
               seeds: list[int] | None = None, seed: int = 0, prune: bool = False, parameters: dict[str, Any] | None = None, store: Store | None = None, slots: int | None = None, timeout: float | None = None,
               memory: int | None = None, force: bool = False, watch: Watch | None = None, show: Callable[[Sweep], None] = lambda sweep: None, say: Callable[[str], None] = lambda line: None) -> Sweep:
-    """Run a job over `axes` and return the table; trials run side by side in `slots` (default: one a core).
+    """Run a job or a pipeline over `axes` and return the table; trials run side by side in `slots` (default: one a core).
 
-    `metric` is a logged value that decides (`mode`: smaller or larger is better); `seeds` repeats each trial; `prune` stops weak trials early (sampler `tpe`).
+    `metric` is a logged value that decides (`mode`: smaller or larger is better); in a pipeline `job.metric`, and axes are named `name` or `job.name`. `seeds` repeats each trial; `prune` stops weak trials early (sampler `tpe`).
     `show` gets the table whenever it changes. The table is kept in the store under `runs/.sweeps`. Raises `UsageError` before the start for what cannot work."""
-    job = job if isinstance(job, Job) else find_job(job)
-    known, store, lock, begin = read_parameters(job.path), store or Store(), threading.Lock(), time.monotonic()
-    axes = [a if isinstance(a, Axis) else read_axis(a, known, job.short) for a in axes]
-    _check(job, axes, known, parameters or {}, metric, sampler, seeds, prune)
+    what, store, lock, begin = _trials_of(job, metric), store or Store(), threading.Lock(), time.monotonic()
+    axes = [a if isinstance(a, Axis) else read_axis(a, what.known, what.short) for a in axes]
+    _check(what, axes, parameters or {}, metric, sampler, seeds, prune)
     choose = SAMPLERS[sampler](axes, trials=trials, seed=seed, mode=mode, prune=prune)
-    sweep = Sweep(id=f"{datetime.now():%Y%m%d-%H%M%S}-{job.short}-{secrets.token_hex(2)}", job=job.name, metric=metric, mode=mode, axes=axes, created=datetime.now(timezone.utc))
+    sweep = Sweep(id=f"{datetime.now():%Y%m%d-%H%M%S}-{what.short}-{secrets.token_hex(2)}", job=what.name, metric=metric, mode=mode, axes=axes, created=datetime.now(timezone.utc))
     slots, stopping, left = slots or cores(), Stop(), {}
 
     def changed():
         sweep.seconds = time.monotonic() - begin
         keep_sweep(sweep, store); show(sweep)
 
-    def act(trial, told, watcher):
+    def act(trial, told, repeat, watcher):
+        label = f"sweep {sweep.id}/{trial.number}" + "".join(f".{s}" for s in repeat.values())
         def run(environment):
             if stopping.times: return None
-            return run_job(job, told, store=store, force=force, timeout=timeout, memory=memory, environment=environment, pipeline=f"sweep {sweep.id}/{trial.number}", watch=watcher, say=say, stopping=watcher.stopping)
+            return what.run({**told, **repeat}, label, watcher, store=store, force=force, timeout=timeout, memory=memory, environment=environment, say=say)
         return run
 
     watchers: set[_Pruning] = set()
@@ -251,14 +285,14 @@ def run_sweep(job: str | Path | Job, axes: list[str | Axis], *, metric: str = ""
                 repeats = [{"seed": s} for s in seeds] if seeds else [{}]
                 left[trial.number] = len(repeats)
                 for repeat in repeats:
-                    watcher = _Pruning(choose if prune else Grid([]), trial, metric, store, lock, watch); watchers.add(watcher)
-                    pool.submit((trial, row, watcher), act(trial, {**(parameters or {}), **trial.values, **repeat}, watcher))
+                    watcher = _Pruning(choose if prune else Grid([]), trial, what, store, lock, watch); watchers.add(watcher)
+                    pool.submit((trial, row, watcher), act(trial, {**(parameters or {}), **trial.values}, repeat, watcher))
             finished = pool.ended()
             if not finished and exhausted: break
             for (trial, row, watcher), future in finished:
                 watchers.discard(watcher)
                 record, left[trial.number] = future.result(), left[trial.number] - 1
-                if record is not None: _enter(row, record, watcher.pruned, metric)
+                if record is not None: _enter(row, record, watcher.pruned, what.metric)
                 if record is not None and not watcher.pruned and record.error and record.error.kind in ("SIGINT", "SIGTERM", "SIGHUP") and not stopping.times: stopping.ask(record.error.kind)
                 if left[trial.number] == 0:
                     with lock: choose.tell(trial, row.mean, pruned=row.status == "pruned")
@@ -267,16 +301,16 @@ def run_sweep(job: str | Path | Job, axes: list[str | Axis], *, metric: str = ""
     return sweep
 
 
-def _check(job: Job, axes: list[Axis], known: list[Parameter], parameters: dict, metric: str, sampler: str, seeds: list[int] | None, prune: bool) -> None:
+def _check(job: _Jobs | _Pipelines, axes: list[Axis], parameters: dict, metric: str, sampler: str, seeds: list[int] | None, prune: bool) -> None:
     if sampler not in SAMPLERS: raise unknown("sampler", sampler, SAMPLERS)
     if not axes: raise UsageError("a sweep needs something to vary", place=job.short, remedy="add --grid name=a,b,c")
     if (twice := [a.name for a in axes if sum(b.name == a.name for b in axes) > 1]): raise UsageError(f"'{twice[0]}' is varied twice", place=job.short)
-    if seeds and "seed" not in {p.name for p in known}: raise UsageError("the job has no parameter 'seed' to repeat over", place=job.short)
+    if seeds and "seed" not in {p.name for p in job.known}: raise UsageError("it has no parameter 'seed' to repeat over", place=job.short)
     if (sampler == "tpe" or prune) and not metric: raise UsageError("an optimizer needs to know what is good", place=job.short, remedy="add --metric NAME")
     if prune and sampler != "tpe": raise UsageError("only the sampler 'tpe' stops weak trials early", place=job.short, remedy="add --sampler tpe")
-    for p in known:
+    for p in job.known:
         if p.name in parameters and p.name in {a.name for a in axes}: raise UsageError(f"'{p.name}' is set and varied", place=job.short)
-    apply_parameters(known, parameters, job.short)
+    job.check(parameters)
 
 
 def _enter(row: Row, record: RunRecord, pruned: bool, metric: str) -> None:
@@ -303,13 +337,18 @@ def list_sweeps(store: Store | None = None) -> list[Sweep]:
 
 
 def promote(sweep: Sweep, name: str, output: str = "", store: Store | None = None) -> Artifact:
-    """Keep the best trial's output (`output`; default: its only one, or `model`) as the artifact `name`, of the same kind; the card says what it was chosen from.
+    """Keep the best trial's output (`output`; default: its only one, or `model`; of a pipeline's other jobs `job.output`) as the artifact `name`, of the same kind; the card says what it was chosen from.
 
     Of several seeds the run in the middle is taken: the luckiest would flatter. Raises `AigcError` when no trial succeeded or nothing was put out."""
     store, best = store or Store(), sweep.best
     if best is None: raise AigcError("no trial has succeeded", place=f"sweep {sweep.id}")
     middle = sorted(zip(best.reached, best.runs))[(len(best.reached) - 1)//2][1]
     record = read_record(runs_folder(store)/middle)
+    if "." in output:
+        job, output = output.split(".", 1)
+        found = list_runs(store, pipeline=f"{record.pipeline.rpartition('/')[0]}/{job}", limit=1)
+        if not found: raise UsageError("the sweep's trials have no such job", place=f"{job}.{output}", remedy="write an output as JOB.NAME, with a job of the pipeline")
+        record = found[0]
     output = output or ("model" if "model" in record.outputs else next(iter(record.outputs), ""))
     if output not in record.outputs: raise unknown("output", output, record.outputs, place=f"run {record.id}")
     source = store.get(record.outputs[output])
