@@ -112,7 +112,6 @@ def s3(tmp_path, monkeypatch):
         yield server
 
 
-@pytest.mark.services
 def test_a_store_on_object_storage(s3, lab):
     store = Store(s3.url)
     assert store.list() == []
@@ -132,14 +131,12 @@ def test_a_store_on_object_storage(s3, lab):
     assert again.verify("model/n").digest == c.artifact.digest
 
 
-@pytest.mark.services
 def test_writers_on_object_storage(s3):
     write_together(s3.url, writers=2)
     assert len(Store(s3.url).list()) == 5
     for a in Store(s3.url).list(): Store(s3.url).verify(a.ref)
 
 
-@pytest.mark.services
 def test_a_store_that_goes_away_half_way(s3):
     "The server dies between the files and the manifest: one sentence, and no artifact."
     store = Store(s3.url)
