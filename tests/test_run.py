@@ -1,5 +1,5 @@
 """Runs from outside: the command line, kills and limits, a full disk, secrets, plain papermill. Jobs here are small notebooks made on the spot."""
-import ast, contextlib, inspect, io, json, os, signal, subprocess, sys, threading, time
+import ast, contextlib, inspect, io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -368,11 +368,6 @@ def test_runs_list_and_show(lab):
     assert aigc(lab, "runs", "show", "nothing").returncode == 2
     empty = lab/"empty"; empty.mkdir()
     assert json.loads(aigc(lab, "runs", "list", "--json", AIGC_STORE=str(empty)).stdout) == []
-
-
-def test_remote_stores_are_refused_for_runs(lab):
-    done = aigc(lab, "run", make_job(lab, "10_words", "seed: int = 3"), AIGC_STORE="memory://x")
-    assert done.returncode == 2 and "runs need a store in a local folder" in done.stderr
 
 
 # ---- the jobs of this repository

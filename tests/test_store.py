@@ -5,16 +5,29 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from conftest import missing
-from test_run import aigc
+from test_run import aigc, make_job, until
 
-from aigc.core.errors import AigcError
+from aigc.core.errors import AigcError, UsageError
 from aigc.core.store import Store
+from aigc.run.listing import find_run, list_runs
+from aigc.run.record import runs_folder, write_record
+from aigc.run.remote import begin_publishing
+from aigc.run.runner import run_job
+from aigc.run.warm import warm_running
+from aigc.run.why import why
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    with warm_running(): yield
 
 
 @pytest.fixture
@@ -154,3 +167,67 @@ def test_a_store_that_goes_away_half_way(s3):
         assert again.list() == []
         with (w := again.writing("model", "half")) as f: (f/"shard-0").write_text("x"*1000)
         assert [a.ref for a in again.list()] == [w.artifact.ref]
+
+
+# ---- runs of a store on object storage
+
+COMMIT = ("with open(os.environ['MARK'], 'w') as f: f.write('x')\nwhile os.environ.get('WAIT') and not os.path.exists(os.environ['WAIT']): time.sleep(0.05)",
+          "run.log(loss=0.5)\nwith (w := Store().writing('model', 'm')) as f: (f/'weights').write_text('w'*1000)\nrun.output('model', w.artifact)")
+
+
+def test_runs_of_a_store_on_object_storage(s3, lab, monkeypatch):
+    "A run here is seen from another machine, with its files and the reason why it ran; the other machine does not do the work again."
+    monkeypatch.setenv("MARK", str(lab/"mark"))
+    job, store = make_job(lab, "10_commit", "n: int = 1", *COMMIT), Store(s3.url)
+    first = run_job(job, store=store)
+    assert first.status == "succeeded" and first.outputs["model"] == store.get("model/m").ref
+    monkeypatch.setenv("AIGC_CACHE", str(lab/"another machine")); monkeypatch.setattr("aigc.run.record._boot", lambda: "another")
+    there = Store(s3.url)
+    assert [(r.id, r.status, r.metrics) for r in list_runs(there)] == [(first.id, "succeeded", {"loss": 0.5})]
+    record, folder = find_run("commit", there)
+    assert {"log.txt", "notebook.ipynb", "page.html", "metrics.jsonl", "source.ipynb"} <= {p.name for p in folder.iterdir()} and str(folder).startswith(str(lab/"another machine"))
+    again = run_job(job, store=there)
+    assert (again.status, again.cached_from, again.outputs) == ("cached", first.id, first.outputs)
+    job.write_text(job.read_text().replace("loss=0.5", "loss=0.4"))
+    assert "code" in why(run_job(job, store=there), there).sentence
+    monkeypatch.setenv("AIGC_CACHE", str(lab/"cache"))
+    assert [r.status for r in list_runs(store)] == ["succeeded", "cached", "succeeded"]
+    with pytest.raises(UsageError, match="in this process's memory"): run_job(job, store=Store("memory://x"))
+
+
+def test_the_store_dies_under_a_run(s3, lab, monkeypatch):
+    "The server is killed between the run's start and its commit: the run failed, in one sentence; when the server is back, it says so there too, and nothing of the artifact exists."
+    monkeypatch.setenv("MARK", str(lab/"mark")); monkeypatch.setenv("WAIT", str(lab/"go on"))
+    job, store, results = make_job(lab, "10_commit", "n: int = 1", *COMMIT), Store(s3.url), []
+    thread = threading.Thread(target=lambda: results.append(run_job(job, store=store)))
+    thread.start()
+    until((lab/"mark").exists, 120, "the job's mark")
+    assert [r.status for r in list_runs(Store(s3.url))] == ["running"]
+    s3.__exit__(); (lab/"go on").write_text("")
+    thread.join(240)
+    assert results[0].status == "failed" and "the store cannot be reached" in results[0].error.message, results
+    with s3:
+        assert [r.status for r in list_runs(store)] == ["failed"] and store.list() == []
+        monkeypatch.setenv("AIGC_CACHE", str(lab/"another machine"))
+        assert [(r.status, r.error.cell) for r in list_runs(Store(s3.url))] == [("failed", results[0].error.cell)]
+        assert run_job(job, store=Store(s3.url)).status == "succeeded"
+
+
+def test_a_lost_machine_is_noticed(s3, lab, monkeypatch):
+    "Its last published heartbeat grows old: killed, seen from elsewhere; and when the machine itself is asked again, it publishes that."
+    monkeypatch.setenv("MARK", str(lab/"mark"))
+    store = Store(s3.url)
+    record = run_job(make_job(lab, "10_commit", "n: int = 1", *COMMIT), store=store)
+    lost = record.model_copy(update={"status": "running", "ended": None, "heartbeat": record.created - timedelta(minutes=2), "host": record.host.model_copy(update={"started": 1.0})})
+    folder = runs_folder(store)/record.id
+    write_record(folder, lost); (folder/".final").unlink(); begin_publishing(store, folder)
+    monkeypatch.setenv("AIGC_CACHE", str(lab/"another machine"))
+    with monkeypatch.context() as m:
+        m.setattr("aigc.run.record._boot", lambda: "another")
+        assert list_runs(Store(s3.url))[0].status == "killed"
+        alive = lost.model_copy(update={"heartbeat": datetime.now(timezone.utc) - timedelta(seconds=20)})
+        store.fs.pipe_file(f"{store.root}/runs/{record.id}/run.json", alive.model_dump_json(by_alias=True).encode())
+        assert list_runs(Store(s3.url))[0].status == "running"  # two beats late
+    monkeypatch.setenv("AIGC_CACHE", str(lab/"cache"))
+    assert list_runs(store)[0].status == "killed"
+    assert json.loads(store.fs.cat_file(f"{store.root}/runs/{record.id}/run.json"))["status"] == "killed"

@@ -15,18 +15,21 @@ from ..core.settings import settings
 from ..core.store import Store
 from .jobs import short_name
 from .record import RunRecord, read_record, runs_folder
+from .remote import pull_records, run_files, stale_seconds
 
 # %% ../../nbs/run/32_listing.ipynb #4b0b45a8
 def run_ids(store: Store | None = None) -> list[str]:
-    "The ids of all runs of a store, in no order."
+    "The ids of all runs of a store, in no order. For a remote store their records are brought here."
+    store = store or Store()
+    if store.local is None: return pull_records(store)
     try: return [e.name for e in os.scandir(runs_folder(store)) if not e.name.startswith(".") and e.is_dir()]
     except FileNotFoundError: return []  # no run yet
 
 
-def _read(runs: Path, ids: list[str]) -> Iterator[RunRecord]:
+def _read(runs: Path, ids: list[str], stale: float) -> Iterator[RunRecord]:
     "The records that can be read."
     for id in ids:
-        with contextlib.suppress(AigcError): yield read_record(f"{runs}/{id}")
+        with contextlib.suppress(AigcError): yield read_record(f"{runs}/{id}", stale)
 
 # %% ../../nbs/run/32_listing.ipynb #088a8bce
 INDEXED_FROM = 200  # fewer records are read as quickly as looked up
@@ -57,14 +60,14 @@ def _stamp(path: str) -> str:
     return f"{s.st_mtime_ns} {s.st_size} {s.st_ino}"
 
 
-def _refresh(db: sqlite3.Connection, runs: Path, ids: list[str]) -> list[RunRecord]:
+def _refresh(db: sqlite3.Connection, runs: Path, ids: list[str], stale: float) -> list[RunRecord]:
     "Bring the database up to date; returns the records that are not for it, as their runs have not ended by their own word."
     known, living, rows, gone = dict(db.execute("select id, stamp from runs")), [], [], []
     for id in ids:
         stamp, before = _stamp(f"{runs}/{id}/run.json"), known.pop(id, None)
         if stamp and stamp == before: continue
         if before is not None: gone.append((id,))
-        for record in _read(runs, [id]):
+        for record in _read(runs, [id], stale):
             if record.status == "running" or record.error and record.error.kind == "SupervisorGone": living.append(record)
             else: rows.append((id, stamp, record.created.timestamp(), record.job, record.pipeline, record.model_dump_json(by_alias=True)))
     if rows or gone or known:
@@ -78,23 +81,24 @@ def list_runs(store: Store | None = None, *, job: str = "", pipeline: str = "", 
     """The runs of a store, newest first; a folder whose record cannot be read is left out.
 
     `job` (with or without its number) and `pipeline` (such as `demo/sft`) choose; `limit` is how many at most (0: all)."""
-    runs, ids = runs_folder(store), run_ids(store)
+    store = store or Store()
+    runs, ids, stale = runs_folder(store), run_ids(store), stale_seconds(store)
     with _no_collection():
-        found = list(_read(runs, ids)) if len(ids) < INDEXED_FROM else _indexed(runs, ids, job, pipeline, limit)
+        found = list(_read(runs, ids, stale)) if len(ids) < INDEXED_FROM else _indexed(runs, ids, stale, job, pipeline, limit)
         found = [r for r in found if (not job or job in (r.job, short_name(r.job))) and (not pipeline or r.pipeline == pipeline)]
         found.sort(key=lambda r: (r.created.timestamp(), r.id), reverse=True)
     return found[:limit] if limit else found
 
 
-def _indexed(runs: Path, ids: list[str], job: str, pipeline: str, limit: int) -> list[RunRecord]:
+def _indexed(runs: Path, ids: list[str], stale: float, job: str, pipeline: str, limit: int) -> list[RunRecord]:
     with contextlib.closing(_database(runs)) as db:
         try:
-            living = _refresh(db, runs, ids)
+            living = _refresh(db, runs, ids, stale)
             jobs = [j for j, in db.execute("select distinct job from runs") if job in (j, short_name(j))] if job else []
             where = [f"job in ({','.join('?'*len(jobs))})"]*bool(job) + ["pipeline = ?"]*bool(pipeline)
             query = "select record from runs" + (" where " + " and ".join(where) if where else "") + " order by created desc, id desc" + (f" limit {int(limit)}" if limit else "")
             texts = [text for text, in db.execute(query, [*jobs, *([pipeline] if pipeline else [])])]
-        except sqlite3.Error: return list(_read(runs, ids))  # the files are the truth
+        except sqlite3.Error: return list(_read(runs, ids, stale))  # the files are the truth
     return living + [RunRecord.model_validate_json(text) for text in texts]
 
 
@@ -110,11 +114,13 @@ def _no_collection() -> Iterator[None]:
 # %% ../../nbs/run/32_listing.ipynb #e1a9c4bf
 def find_run(name: str, store: Store | None = None) -> tuple[RunRecord, Path]:
     "A run and its folder by id, by the beginning or the end of its id, by job (its newest run), or `last`."
-    folder = runs_folder(store)
-    if (folder/name/"run.json").is_file(): return read_record(folder/name), folder/name
+    store = store or Store()
+    folder, stale = runs_folder(store), stale_seconds(store)
+    if store.local is not None and (folder/name/"run.json").is_file(): return read_record(folder/name), folder/name
     ids = run_ids(store)
-    if name == "last": fits = [r.id for r in list_runs(store, limit=1)]
+    if name in ids: fits = [name]
+    elif name == "last": fits = [r.id for r in list_runs(store, limit=1)]
     else: fits = [i for i in ids if i.startswith(name) or i.endswith(f"-{name}")] or [r.id for r in list_runs(store, job=name, limit=1)]
     if len(fits) > 1: raise UsageError(f"{len(fits)} runs fit", place=name, remedy="write more of the id")
     if not fits: raise unknown("run", name, ids, place=str(folder))
-    return read_record(folder/fits[0]), folder/fits[0]
+    return read_record(folder/fits[0], stale), run_files(store, fits[0])

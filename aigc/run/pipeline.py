@@ -244,7 +244,7 @@ def last_made(pipeline: Pipeline, name: str, store: Store) -> RunRecord:
     for record in list_runs(store, pipeline=f"{pipeline.name}/{name}"):
         if record.status in ("succeeded", "cached"):
             with contextlib.suppress(AigcError):
-                for ref in record.outputs.values(): store.path(ref)
+                for ref in record.outputs.values(): store.path(ref) if store.local is not None else store.get(ref)
                 return record
     raise UsageError("it has no finished run to go on from", place=f"pipeline {pipeline.name}, job {name}", remedy="run the pipeline from its beginning once")
 

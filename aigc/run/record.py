@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Status', 'RESERVE_BYTES', 'STALE_SECONDS', 'RunError', 'Host', 'RunRecord', 'write_whole', 'write_record',
-           'this_host', 'is_alive', 'read_record', 'runs_folder', 'keep_sources', 'describe_run', 'CurrentRun',
-           'current_run', 'read_metrics']
+           'this_host', 'is_alive', 'read_record', 'working_folder', 'runs_folder', 'keep_sources', 'describe_run',
+           'CurrentRun', 'current_run', 'read_metrics']
 
 # %% ../../nbs/run/30_record.ipynb #42b22de5
-import atexit, contextlib, gzip, html, json, math, os, platform, shutil, tempfile, uuid
+import atexit, contextlib, gzip, hashlib, html, json, math, os, platform, shutil, tempfile, uuid
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import AigcError, UsageError
 from ..core.progress import duration
+from ..core.settings import settings
 from ..core.store import Artifact, Store
 from .redact import redact, redact_data, secret_values
 
@@ -110,15 +111,15 @@ def _boot() -> str:
     except OSError: return ""
 
 
-def is_alive(record: RunRecord) -> bool:
-    "Whether the supervisor of this run still lives."
+def is_alive(record: RunRecord, stale: float = STALE_SECONDS) -> bool:
+    "Whether the supervisor of this run still lives; on another machine, whether its heartbeat is younger than `stale` seconds."
     if (record.host.name, record.host.boot) == (platform.node(), _boot()):
         try: process = psutil.Process(record.host.pid); return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record.host.started) < 1
         except psutil.Error: return False
-    return (datetime.now(timezone.utc) - record.heartbeat).total_seconds() <= STALE_SECONDS
+    return (datetime.now(timezone.utc) - record.heartbeat).total_seconds() <= stale
 
 # %% ../../nbs/run/30_record.ipynb #a45572a2
-def read_record(folder: str | Path) -> RunRecord:
+def read_record(folder: str | Path, stale: float = STALE_SECONDS) -> RunRecord:
     """The record of the run in `folder`, as true as it can be told now: `running` without a living supervisor reads as `killed`.
 
     Raises `AigcError` when there is none, when it is damaged, or when a newer aigc wrote it."""
@@ -128,7 +129,7 @@ def read_record(folder: str | Path) -> RunRecord:
     except OSError as e: raise AigcError("there is no run", place=str(folder), remedy="see: aigc runs list") from e
     try: record = RunRecord.model_validate_json(text)
     except ValidationError as e: raise _unreadable(text, e, path) from e
-    if record.status == "running" and not is_alive(record):
+    if record.status == "running" and not is_alive(record, stale):
         record.status, record.ended = "killed", record.heartbeat
         record.error = record.error or RunError(kind="SupervisorGone", message="the run ended without a word: its supervisor was killed or the machine went down")
     return record
@@ -141,16 +142,22 @@ def _unreadable(text: bytes, error: ValidationError, place: str) -> AigcError:
     return AigcError(f"the record is damaged ({'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']})", place=place)
 
 # %% ../../nbs/run/30_record.ipynb #6554ca40
-def runs_folder(store: Store | None = None) -> Path:
-    "Where the runs of a store are. Runs need a local store: a supervisor writes each second."
+def working_folder(store: Store | None = None) -> Path:
+    "Where runs of a store happen and keep their checkpoints: the store's own folder; for a remote store (see `aigc.run.remote`) a folder in this machine's cache."
     store = store or Store()
-    if store.local is None: raise UsageError("runs need a store in a local folder", place=f"store {store.url}", remedy="set AIGC_STORE to a folder")
-    return store.local/"runs"
+    if store.local is not None: return store.local
+    if "memory" in store.fs.protocol: raise UsageError("a job's process cannot see a store in this process's memory", place=f"store {store.url}", remedy="set AIGC_STORE to a folder or to object storage")
+    return Path(settings().cache)/"stores"/hashlib.sha256(store.url.encode()).hexdigest()[:16]
+
+
+def runs_folder(store: Store | None = None) -> Path:
+    "The folder of this machine that holds the runs of a store."
+    return working_folder(store)/"runs"
 
 
 def keep_sources(runs: Path, folder: Path, sources: dict[str, str], paths: dict[str, Path]) -> None:
     "Keep what a run is made of, each text once for all runs, so that a later one can be compared with it line by line."
-    (runs/".sources").mkdir(exist_ok=True)
+    (runs/".sources").mkdir(parents=True, exist_ok=True)
     for name, sha in sources.items():
         if not (kept := runs/".sources"/f"{sha}.gz").exists(): write_whole(kept, gzip.compress(paths[name].read_bytes(), 6))
     (folder/"closure.json").write_text(json.dumps(sources), encoding="utf-8")

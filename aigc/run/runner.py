@@ -27,8 +27,9 @@ from .key import device, digest, git_state, key_parts, pin_inputs, versions, wor
 from .page import write_page
 from .parameters import apply_parameters, read_notebook, read_parameters
 from .processes import end_processes, tree_memory
-from .record import RESERVE_BYTES, RunError, RunRecord, read_record, keep_sources, runs_folder, this_host, write_record, write_whole
+from .record import RESERVE_BYTES, RunError, RunRecord, keep_sources, runs_folder, this_host, working_folder, write_record
 from .redact import is_secret_name, is_secret_reference, read_secret, redact, secret_values
+from .remote import PUBLISH_SECONDS, begin_publishing, publish, recall, remember
 from .slots import Stop
 from .warm import HEAVY, MARK_BYTES, ForkedJob, can_fork, warm_parent
 
@@ -70,8 +71,8 @@ def find_cached(plan: Plan, store: Store | None = None) -> RunRecord | None:
     "The successful run that did exactly this work, when all of its outputs are still there."
     store = store or Store()
     with contextlib.suppress(OSError, AigcError):
-        record = read_record(runs_folder(store)/(runs_folder(store)/".keys"/plan.key).read_text().strip())
-        for ref in record.outputs.values(): store.path(ref)
+        record = recall(store, plan.key)
+        for ref in record.outputs.values(): store.path(ref) if store.local is not None else store.get(ref)
         return record if record.status == "succeeded" and record.key == plan.key else None
     return None
 
@@ -99,15 +100,16 @@ def _new_run(plan: Plan, store: Store, pipeline: str) -> tuple[Path, RunRecord]:
             (folder/"source.ipynb").write_text(plan.text, encoding="utf-8")
             keep_sources(runs_folder(store), folder, plan.sources, plan._paths)
             write_record(folder, record)
+            begin_publishing(store, folder)
             for ref in plan.references: store.keep(ref, record.id)
-        except OSError: shutil.rmtree(folder, ignore_errors=True); raise
+        except (OSError, AigcError): shutil.rmtree(folder, ignore_errors=True); raise
     return folder, record
 
 # %% ../../nbs/run/80_runner.ipynb #257e082b
 @contextlib.contextmanager
 def _alone(plan: Plan, store: Store, say: Callable[[str], None]) -> Iterator[Path]:
     "The folder for checkpoints of this work, for us alone: a second run of the same work waits, and then finds the first one's result."
-    work = store.local/"scratch"/plan.work
+    work = working_folder(store)/"scratch"/plan.work
     lock = work.with_name(f"{work.name}.lock")
     with _writing(f"store {store.url}"): lock.parent.mkdir(parents=True, exist_ok=True)
     told = False
@@ -150,6 +152,7 @@ class _Supervisor:
         self.cell, self.cells, self.line, self.event = 0, 0, "", {}
         self.stopped: tuple[str, str, str] | None = None  # (status, kind, message) once an end is wanted
         self.kill_at = self.next_beat = self.next_look = 0.0
+        self.next_publication, self.publication = self.start + PUBLISH_SECONDS, None
         self.read = {"metrics.jsonl": 0, "events.jsonl": 0}
         self.secrets = secret_values() + [v for n, r in record.parameters.items() if is_secret_name(n) and is_secret_reference(r) and len(v := read_secret(r)) >= 8]
         self.log = open(folder/"log.txt", "a", encoding="utf-8", buffering=1)
@@ -167,7 +170,7 @@ def _environment(record: RunRecord, folder: Path, work: Path, store: Store, more
     "What the job's process finds in its environment; it imports the same `aigc` as we did, wherever that is."
     roots = [str(Path(spec.origin).parent.parent) for name in ("aigc", "aigc_kernels") if (spec := find_spec(name)) and spec.origin]
     path = os.pathsep.join(dict.fromkeys([r for r in roots if "site-packages" not in r] + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]))
-    ours = {"AIGC_RUN_ID": record.id, "AIGC_RUN_DIR": str(folder.resolve()), "AIGC_RUN_FOLDER": str(work.resolve()), "AIGC_STORE": str(store.local.resolve()), "PYTHONPATH": path}
+    ours = {"AIGC_RUN_ID": record.id, "AIGC_RUN_DIR": str(folder.resolve()), "AIGC_RUN_FOLDER": str(work.resolve()), "AIGC_STORE": str(store.local.resolve()) if store.local is not None else store.url, "PYTHONPATH": path}
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # one hash seed: the order of a set is part of "same seed, same result"
     passive = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # spinning threads make a job ten times slower as soon as a neighbour needs a core
     declared = {"AIGC_RUN_SETTINGS": ",".join(record.key_parts.get("settings", {}))}
@@ -273,6 +276,17 @@ def beat(self: _Supervisor) -> None:
     self.read_notes()
     self.record.heartbeat, self.record.wall_seconds = datetime.now(timezone.utc), self.seconds
     with contextlib.suppress(OSError): write_record(self.folder, self.record)
+    if self.store.local is None and time.monotonic() > self.next_publication and not (self.publication and self.publication.is_alive()):
+        self.next_publication = time.monotonic() + PUBLISH_SECONDS
+        self.publication = threading.Thread(target=self.announce, daemon=True)  # the network may take its time: limits and signals must not wait for it
+        self.publication.start()
+
+
+@patch
+def announce(self: _Supervisor, whole: bool = False) -> None:
+    "Tell a remote store. What it does not take now it gets later: see `aigc.run.remote`."
+    try: publish(self.store, self.folder, whole)
+    except (AigcError, OSError) as e: self.say(f"not published: {e}")
 
 
 @patch
@@ -339,21 +353,18 @@ def end(self: _Supervisor) -> RunRecord:
     self.say(f"{self.record.status} after {duration(self.seconds)}" + (f": {self.record.error.message}" if self.record.error else ""))
     with _writing(f"run {self.record.id}"): write_record(self.folder, self.record)
     if self.record.status == "succeeded":
-        if closure(json.loads(self.plan.text)).files == self.plan.sources: _remember(self.store, self.record)
+        if closure(json.loads(self.plan.text)).files == self.plan.sources:
+            with contextlib.suppress(OSError, AigcError): remember(self.store, self.record)  # an entry that cannot be written is only a run that will be made again
         else: self.say("the library was edited while the job ran: the result is kept, but it is no answer for the next run")
         shutil.rmtree(self.work, ignore_errors=True)
     try: write_page(self.folder, self.record)
     except Exception as e: self.say(f"the page could not be written: {e}")  # a broken picture must not turn a good run into a failed one
     (self.folder/".reserve").unlink(missing_ok=True)
+    if self.publication: self.publication.join()
+    self.announce(whole=True)
     self.log.close()
     return self.record
 
-
-def _remember(store: Store, record: RunRecord) -> None:
-    "Leave the run's id under its key. A cache entry that cannot be written is only a run that will be made again."
-    with contextlib.suppress(OSError):
-        (runs_folder(store)/".keys").mkdir(exist_ok=True)
-        write_whole(runs_folder(store)/".keys"/record.key, record.id)
 
 # %% ../../nbs/run/80_runner.ipynb #191ac8ff
 @contextlib.contextmanager
@@ -374,6 +385,7 @@ def _supervise(supervisor: _Supervisor) -> RunRecord:
         except OSError as e:
             supervisor.record.status, supervisor.record.error = "failed", RunError(kind="NotStarted", message=f"the job's process could not be started ({e.strerror or e})")
             with _writing(f"run {supervisor.record.id}"): write_record(supervisor.folder, supervisor.record)
+            supervisor.announce(whole=True)
             return supervisor.record
         try: supervisor.follow()
         except BaseException as e:
@@ -409,6 +421,7 @@ def _cached(plan: Plan, store: Store, source: RunRecord, pipeline: str) -> RunRe
         write_record(folder, record)
         write_page(folder, record)
     (folder/".reserve").unlink(missing_ok=True)
+    publish(store, folder, whole=True)
     return record
 
 

@@ -18,6 +18,7 @@ from .jobs import short_name
 from .page import metric_points, write_page
 from .listing import list_runs, run_ids
 from .record import RunRecord, read_metrics, runs_folder, write_whole
+from .remote import run_files
 
 # %% ../../nbs/run/94_site.ipynb #8c3b84ea
 CURVE_POINTS = 200  # a curve on the page is 360 pixels wide
@@ -47,7 +48,7 @@ def write_site(store: Store | None = None, limit: int = 1000) -> Path:
     "Write `index.html` beside the runs of a store, for the newest `limit` of them; returns its path. Pages of runs get a link back."
     store = store or Store()
     runs, shown = runs_folder(store), list_runs(store, limit=limit)
-    for record in shown: _link_back(runs/record.id, record)
+    for record in shown: _link_back(run_files(store, record.id), record)
     artifacts = [{"ref": a.ref, "run": a.run, "inputs": a.inputs} for a in store.list()]
     data = {"runs": [_entry(r, runs/r.id) for r in shown], "artifacts": artifacts, "made": f"{datetime.now():%Y-%m-%d %H:%M}", "left_out": len(run_ids(store)) - len(shown) if limit else 0}
     runs.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from ..core.store import Store
 from .parameters import code_cells
 from .listing import list_runs
 from .record import RunRecord, runs_folder
+from .remote import run_files
 
 # %% ../../nbs/run/85_why.ipynb #c53a6e7c
 class Change(NamedTuple):
@@ -78,6 +79,7 @@ def why(record: RunRecord, store: Store | None = None, before: RunRecord | None 
     """Which part of the key made this run new. It is compared with `before`, or with the last run of this job (in this pipeline) before it.
 
     Raises `AigcError` when the run that it is compared with is gone."""
+    store = store or Store()
     runs = runs_folder(store)
     if record.status == "cached" and before is None: return Why(record.id, record.cached_from, [], f"it did not run: nothing had changed since {record.cached_from}, whose outputs these are")
     before = before or next((r for r in list_runs(store, job=record.job) if r.pipeline == record.pipeline and r.created < record.created and r.status != "cached"), None)
@@ -85,8 +87,8 @@ def why(record: RunRecord, store: Store | None = None, before: RunRecord | None 
     old, new, changes = before.key_parts, record.key_parts, []
     for part in dict.fromkeys([*new, *old]):
         if old.get(part) == new.get(part): continue
-        if part == "code": changes += _code(runs/before.id, runs/record.id)
-        elif part == "sources": changes += _sources(runs, runs/before.id, runs/record.id)
+        if part == "code": changes += _code(run_files(store, before.id), run_files(store, record.id))
+        elif part == "sources": changes += _sources(runs, run_files(store, before.id), run_files(store, record.id))
         else: changes += _values(part, old.get(part) or {}, new.get(part) or {})
     if changes:
         parts = ", ".join(dict.fromkeys(c.part for c in changes))
