@@ -125,7 +125,9 @@ def test_optuna_finds_the_place_and_stops_the_weak(lab):
     job, store = make_job(lab, "10_fit", *FIT), Store(lab/"store")
     found = run_sweep(job, ["rate=0.0..1.0"], metric="loss", sampler="tpe", trials=25, seed=3, store=store, slots=2)
     assert abs(found.best.values["rate"] - 0.3) < 0.1 and len(found.rows) == 25
-    pruned = run_sweep(job, ["rate=0.0..1.0"], metric="loss", sampler="tpe", trials=8, seed=3, prune=True, parameters={"steps": 40}, store=store, slots=2)
+    seen = set()
+    pruned = run_sweep(job, ["rate=0.0..1.0"], metric="loss", sampler="tpe", trials=8, seed=3, prune=True, parameters={"steps": 40}, store=store, slots=2, show=lambda s: seen.update((r.status, s.figure(r).endswith("…")) for r in s.rows))
+    assert ("running", True) in seen  # the table shows what a trial has reported so far
     statuses = [r.status for r in pruned.rows]
     assert "pruned" in statuses and pruned.best is not None and pruned.best.status == "succeeded", statuses
     early = next(r for r in pruned.rows if r.status == "pruned")

@@ -257,7 +257,7 @@ sweep_app = typer.Typer(add_completion=False)
 
 def _sweep_table(sweep: Sweep, last: int = 40) -> Table:
     table = Table("#", *(a.name for a in sweep.axes), sweep.metric or "result", "runs", "status", "seconds", box=None, header_style="bold", title=f"{sweep.id}  {duration(sweep.seconds)}", title_justify="left")
-    colours = {"succeeded": "green", "pruned": "yellow", "waiting": "dim"}
+    colours = {"succeeded": "green", "pruned": "yellow", "running": "dim"}
     for i, r in enumerate(sweep.ranked[:last]):
         table.add_row(str(r.number), *(Text(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in r.values.values()), Text(sweep.figure(r), style="bold" if i == 0 and r.reached else ""), str(len(r.runs)),
                       Text(r.status, style=colours.get(r.status, "red")), f"{r.seconds:.1f}")
@@ -266,7 +266,7 @@ def _sweep_table(sweep: Sweep, last: int = 40) -> Table:
 
 
 class _LiveTable(Reporter):
-    "The sweep's table, redrawn as trials end; without a terminal one line a trial."
+    "The sweep's table, redrawn as trials report and end; without a terminal one line a trial."
     def __init__(self): super().__init__(); self.told = set()
 
     def show(self, sweep: Sweep) -> None:

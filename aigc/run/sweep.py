@@ -138,6 +138,7 @@ class Row(BaseModel):
     runs: list[str] = Field(default_factory=list)
     statuses: list[str] = Field(default_factory=list)
     reached: list[float] = Field(default_factory=list)
+    latest: float | None = Field(None, description="the last value that a run of this row has reported while it goes on")
     seconds: float = 0.0
 
     @property
@@ -150,7 +151,7 @@ class Row(BaseModel):
         return None if n < 2 else (_T95[n-1] if n <= len(_T95) else 1.96)*statistics.stdev(self.reached)/math.sqrt(n)
 
     @property
-    def status(self) -> str: return next((s for s in ("failed", "timeout", "killed", "pruned", "running") if s in self.statuses), "succeeded" if self.statuses else "waiting")
+    def status(self) -> str: return next((s for s in ("failed", "timeout", "killed", "pruned", "running") if s in self.statuses), "succeeded" if self.statuses else "running")
 
 
 class Sweep(BaseModel):
@@ -176,8 +177,9 @@ class Sweep(BaseModel):
     def best(self) -> Row | None: return next((r for r in self.ranked if r.reached and r.status not in ("pruned", "failed")), None)
 
     def figure(self, row: Row) -> str:
-        "The row's mean, with its interval where there is one."
-        return "" if row.mean is None else f"{row.mean:.4g}" + (f" ± {row.half:.2g}" if row.half is not None else "")
+        "The row's mean, with its interval where there is one; before that, what it has reported so far."
+        if row.mean is None: return "" if row.latest is None or row.statuses else f"{row.latest:.4g} …"
+        return f"{row.mean:.4g}" + (f" ± {row.half:.2g}" if row.half is not None else "")
 
     def _repr_html_(self) -> str:
         names = [a.name for a in self.axes]
@@ -190,14 +192,17 @@ def _short(value: Any) -> str: return f"{value:.3g}" if isinstance(value, float)
 
 # %% ../../nbs/run/92_sweep.ipynb #ae81816a
 class _Pruning:
-    "Watches one run: each new value of the metric goes to the sampler, which may end the run."
-    def __init__(self, sampler, trial: Trial, what: Any, store: Store, lock: threading.Lock, watch: Watch | None):
+    "Watches one run: each new value of the metric goes into the table, and to the sampler, which may end the run."
+    def __init__(self, sampler, trial: Trial, what: Any, store: Store, lock: threading.Lock, watch: Watch | None, row: Row, show: Callable[[], None]):
+        self.row, self.show = row, show
         self.sampler, self.trial, self.metric, self.where, self.store, self.lock, self.next = sampler, trial, what.metric, what.where, store, lock, watch
         self.stopping, self.pruned, self.seen = Stop(), False, 0
 
     def __call__(self, progress) -> None:
         if self.next: self.next(progress)
-        if self.metric not in progress.run.metrics or self.pruned or self.where and not progress.run.pipeline.endswith(f"/{self.where}"): return
+        value = progress.run.metrics.get(self.metric)
+        if value is None or self.pruned or self.where and not progress.run.pipeline.endswith(f"/{self.where}"): return
+        if isinstance(value, (int, float)) and value != self.row.latest: self.row.latest = float(value); self.show()
         rows = [r for r in read_metrics(runs_folder(self.store)/progress.run.id) if self.metric in r]
         for step, row in list(enumerate(rows, 1))[self.seen:]:
             self.seen = step
@@ -285,7 +290,7 @@ def run_sweep(job: str | Path | Job | Pipeline, axes: list[str | Axis], *, metri
                 repeats = [{"seed": s} for s in seeds] if seeds else [{}]
                 left[trial.number] = len(repeats)
                 for repeat in repeats:
-                    watcher = _Pruning(choose if prune else Grid([]), trial, what, store, lock, watch); watchers.add(watcher)
+                    watcher = _Pruning(choose if prune else Grid([]), trial, what, store, lock, watch, row, lambda: show(sweep)); watchers.add(watcher)
                     pool.submit((trial, row, watcher), act(trial, {**(parameters or {}), **trial.values}, repeat, watcher))
             finished = pool.ended()
             if not finished and exhausted: break
