@@ -167,6 +167,14 @@ def test_mixtures_keep_their_weights_and_filters_learn(tmp_path):
         assert kept["kept"] <= 5 and kept["reasons"]["low_score"] >= 395
 
 
+def test_a_filter_learns_a_little_from_public_preferences(sample):
+    "Which of two answers people called less harmful is hard to tell from single words: better than chance, with an interval that says how little better."
+    from aigc.data.classifier import cross_validate, labelled
+    seen = cross_validate(labelled(read_data(sample("preference/hh_harmless_base_test.jsonl.gz"))[0]), draws=200)
+    print({k: v for k, v in seen.items() if k != "scores"})
+    assert 0.54 < seen["interval"][0] < seen["auc"] < seen["interval"][1] < 0.65
+
+
 def test_the_refine_job(tmp_path):
     write(tmp_path/"mine.jsonl")
     env = {**{k: v for k, v in os.environ.items() if not k.startswith("AIGC_RUN")}, "AIGC_STORE": str(tmp_path/"store")}

@@ -12,7 +12,7 @@ from typing import Any
 
 # %% ../../nbs/data/81_report.ipynb #89b87a96
 _STYLE = """body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#222}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}h3{margin:1.2rem 0 .3rem}
-table{border-collapse:collapse;margin:.5rem 0;width:100%}td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #eee;vertical-align:top}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.bar{background:#4878a8;height:.8em;display:inline-block;border-radius:2px}
+table{border-collapse:collapse;margin:.5rem 0;width:100%}td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #eee;vertical-align:top}td{overflow-wrap:anywhere}.pair{table-layout:fixed}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.bar{background:#4878a8;height:.8em;display:inline-block;border-radius:2px}
 .tiles{display:flex;gap:1rem;flex-wrap:wrap}.tile{border:1px solid #ddd;border-radius:8px;padding:.6rem 1rem;min-width:8rem}.tile b{display:block;font-size:1.5rem}code{background:#f4f4f4;padding:0 .25em;border-radius:3px}.seen{color:#666;font-size:.9em;overflow-wrap:anywhere}del{background:#fde8e8;text-decoration:none}ins{background:#e6f4e6;text-decoration:none}"""
 
 
@@ -41,7 +41,7 @@ def report_html(f: Mapping[str, Any]) -> str:
            "<div class=tiles>" + "".join(f"<div class=tile><b>{n:,}</b>{_e(what)}</div>" for what, n in tiles) + "</div>",
            "<h2>Complete</h2><p>What records lack. Not every field is needed; a missing answer always is.</p>", _bars(_by_size(f["missing"]), kept) if f["missing"] else "<p>Nothing is missing.</p>",
            "<h2>Clean</h2><h3>Set aside</h3>", *_reasons(f, read), "<h3>Changed</h3>", _bars(_by_size(f["changed"]), read) if f["changed"] else "<p>Nothing was changed.</p>"]
-    if f["before_after"]: out += ["<h3>Before and after</h3><table>", *(f"<tr><td><del>{_e(a)}</del></td><td><ins>{_e(b)}</ins></td></tr>" for a, b in f["before_after"]), "</table>"]
+    if f["before_after"]: out += ["<h3>Before and after</h3><table class=pair>", *(f"<tr><td><del>{_e(a)}</del></td><td><ins>{_e(b)}</ins></td></tr>" for a, b in f["before_after"]), "</table>"]
     if f.get("benchmarks"): out += ["<h3>Benchmarks</h3><table><tr><th>benchmark<th>items<th>records dropped</tr>", *(f"<tr><td>{_e(b['benchmark'])}</td><td class=n>{b['items']:,}</td><td class=n>{b['records']:,}</td></tr>" for b in f["benchmarks"]), "</table>"]
     out += ["<h2>Consistent</h2><h3>Languages</h3>", _bars(_by_size(f["languages"]), max(1, sum(f["languages"].values()))), "<h3>Forms</h3>", _bars(_by_size(f["forms"]), max(1, sum(f["forms"].values()))),
             "<h3>Lengths</h3>", _bars(dict(sorted(f["lengths"].items(), key=lambda x: int(x[0]))), max(1, sum(f["lengths"].values())), _range), *(["<h3>Tokens</h3>", f"<p class=seen>{_e(_unit(f))} of a whole record</p>", _bars(dict(sorted(f["tokens"].items(), key=lambda x: int(x[0]))), max(1, sum(f["tokens"].values())), lambda k: _range(k, "tokens"))] if f.get("tokens") else []),
