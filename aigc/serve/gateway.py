@@ -430,13 +430,14 @@ def _event(self: Gateway, call: Call, event: bytes, outcome: Outcome) -> tuple[b
         if not body.get("choices"): return b"", "other"
         del body["usage"]; changed = True
     if "model" in body and body["model"] != call.model: body["model"] = call.model; changed = True
-    early = b""
+    early, finish, spoke = b"", finishes(body), speaks(body)
     if self.guards.looks_out:
-        came = speaks(body)
-        early = _extra(body, *call.answering.event(body))
-        if came and not speaks(body) and not finishes(body) and body.get("choices"): return b"", "other"   # held back for now
-        changed = changed or came or bool(finishes(body))
-    text, finish, spoke = text_of(body), finishes(body), speaks(body)
+        came, held = spoke, call.answering.event(body)
+        if any(held): early = _extra(body, *held)
+        spoke = speaks(body)
+        if came and not spoke and not finish and body.get("choices"): return b"", "other"   # held back for now
+        changed = changed or came or bool(finish)
+    text = text_of(body) if spoke else ""
     if spoke and (gap := outcome.saw(text)) is not None: self.metrics.itl.labels(call.model, outcome.variant).observe(gap)
     if finish: outcome.finish = finish
     name = event.split(b"\n", 1)[0][6:].strip().decode() if event.startswith(b"event:") else ""

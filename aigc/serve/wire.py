@@ -200,8 +200,9 @@ def tool_inputs(body: dict) -> list[dict]:
 
 def speaks(body: dict) -> bool:
     "Whether an event says anything that a client may act on: text, thoughts, a tool call."
-    named = any(call.get("id") or (call.get("function") or {}).get("name") for choice in body.get("choices") or [] for call in (choice.get("delta") or {}).get("tool_calls") or [] if isinstance(call, dict))
-    return named or any(holder[field] for holder, field, _ in [*slots(body), *argument_slots(body)])
+    if any(holder[field] for holder, field, _ in slots(body)): return True
+    if any(holder[field] for holder, field, _ in argument_slots(body)): return True
+    return any(call.get("id") or (call.get("function") or {}).get("name") for choice in body.get("choices") or [] for call in (choice.get("delta") or {}).get("tool_calls") or [] if isinstance(call, dict))
 
 
 def finishes(body: dict) -> str | None:
