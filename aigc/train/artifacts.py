@@ -34,13 +34,13 @@ def save_trained(store: Store, name: str, trained: Trained, *, data: str, parame
     "Commit `adapter/<name>` and `model/<name>` (merged, and the difference measured); `data`: reference of what was learned from."
     base, metrics = trained.base, trained.metrics()
     licence = store.get(base).card.get("licence", "") if is_ref(base) else ""
-    done = {"sft": "fine-tuned on", "dpo": "aligned with", "kto": "aligned with", "grpo": "trained by rewards on", "distill": "distilled with"}[trained.method]
+    done = {"sft": "fine-tuned on", "dpo": "aligned with", "kto": "aligned with", "grpo": "trained by rewards on", "distill": "distilled with", "reward": "taught to score by", "pretrain": "read on in"}[trained.method]
     def card(what: str) -> dict[str, Any]: return dict(what=what, licence=licence, sources=[base, data], method=trained.method, base=base)
     def writing(kind: str, inputs: Sequence[str], what: str): return store.writing(kind, name, inputs=inputs, parameters=parameters, metrics=metrics, card=card(what))
     first = writing(trained.kind, [base, data], f"A LoRA adapter for {base}, {done} {data}." if trained.kind == "adapter" else f"{base}, every weight {done} {data}.")
     with first as folder: shutil.copytree(trained.path, folder, dirs_exist_ok=True)
     if trained.kind == "model": return Saved(first.artifact, metrics=metrics)
-    if json.loads((trained.path/"adapter_config.json").read_text())["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING") or _is_quantized(base, store): return Saved(first.artifact, first.artifact, metrics=metrics)  # nothing that could be merged
+    if json.loads((trained.path/"adapter_config.json").read_text())["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING") or trained.method == "reward" or _is_quantized(base, store): return Saved(first.artifact, first.artifact, metrics=metrics)  # nothing that could be merged
     adapter, second = first.artifact, writing("model", [first.artifact.ref, base], f"{base} with {first.artifact.ref} merged in.")
     with second as folder:
         merged = merge_adapter(adapter.ref, folder, base=base, store=store)

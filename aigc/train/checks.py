@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Level', 'CHECKS', 'Finding', 'Coded', 'Look', 'check', 'rows_render', 'something_is_trained', 'answers_are_not_empty',
-           'end_of_turn_is_trained', 'answers_arrive_whole', 'bos_is_not_doubled', 'no_special_tokens_in_the_text',
-           'quantiles', 'suggested_length', 'answers_fit', 'the_context_is_long_enough', 'padding', 'padding_is_small',
-           'effect_size', 'pairs_differ', 'length_does_not_decide', 'labels_are_balanced', 'rows_are_not_repeated',
-           'validation_is_held_out', 'tokenizer_fits_the_model', 'generation_stops_where_training_does',
-           'the_template_is_one', 'steps_are_enough', 'the_learning_rate_is_usual', 'shape_is_a_toy',
-           'it_fits_into_memory', 'examine']
+           'end_of_turn_is_trained', 'answers_arrive_whole', 'thinking_is_a_choice', 'bos_is_not_doubled',
+           'no_special_tokens_in_the_text', 'quantiles', 'suggested_length', 'answers_fit',
+           'the_context_is_long_enough', 'padding', 'padding_is_small', 'effect_size', 'pairs_differ',
+           'length_does_not_decide', 'labels_are_balanced', 'rows_are_not_repeated', 'validation_is_held_out',
+           'tokenizer_fits_the_model', 'generation_stops_where_training_does', 'the_template_is_one',
+           'steps_are_enough', 'the_learning_rate_is_usual', 'shape_is_a_toy', 'it_fits_into_memory', 'examine']
 
 # %% ../../nbs/train/35_checks.ipynb #f0b4fad3
 import re, statistics
@@ -24,6 +24,7 @@ from ..data.records import Record
 from ..models.template import end_of_turn, render
 from .config import TrainConfig
 from .memory import Memory, Shape
+from .rows import THOUGHT
 
 # %% ../../nbs/train/35_checks.ipynb #abe54d1b
 Level = Literal["stop", "warning", "note"]
@@ -126,7 +127,7 @@ def answers_are_not_empty(look: Look):
 @check
 def end_of_turn_is_trained(look: Look):
     learned = [c for c in look.coded if c.learned]
-    if look.config.method in ("grpo", "distill") or not learned: return
+    if look.config.method in ("grpo", "distill", "pretrain") or not learned: return
     stop = end_of_turn(look.tokenizer)
     missing = [c.record.id for c in learned if stop not in [x for x in c.labels if x != -100]]
     if len(missing) > 0.05*len(learned):
@@ -138,10 +139,20 @@ def answers_arrive_whole(look: Look):
     lost = []
     for c in look.coded:
         said = " ".join(m.get("content") or "" for m in c.row.get("completion", c.row.get("chosen", []))).strip()
+        if look.config.thinking != "learn": said = THOUGHT.sub("", said)
         if said and " ".join(said.split()) not in " ".join(look.tokenizer.decode([x for x in c.labels if x != -100]).split()): lost.append(c)
     if not lost: return
     thoughts = "the template drops its <think> part" if any("<think>" in (m.get("content") or "") for c in lost for m in c.row.get("completion", c.row.get("chosen", []))) else "the template or the tokenizer changes it"
     yield _say(answers_arrive_whole, "stop" if len(lost) > 0.05*len(look.coded) else "warning", f"the answer is not in the trained text in {_share(len(lost), len(look.coded))}: {thoughts}", "choose a template that writes the answer as it is, or take that part out of the data", f"record '{lost[0].record.id}'")
+
+
+@check
+def thinking_is_a_choice(look: Look):
+    if look.config.method != "sft": return
+    said = [(c.record.id, m.get("content") or "") for c in look.coded for m in c.row.get("completion", [])]
+    thinks, open_ended = [i for i, t in said if "<think>" in t], [i for i, t in said if "<think>" in THOUGHT.sub("", t)]
+    if open_ended: yield _say(thinking_is_a_choice, "warning", f"{_share(len(open_ended), len(look.coded))} have a <think> without its end, so that the whole answer counts as thought: {_some(open_ended)}", "close it, or remove these rows")
+    if thinks: yield _say(thinking_is_a_choice, "note", f"{_share(len(thinks), len(look.coded))} think aloud (<think>), and that part is {dict(learn='learned', mask='seen, but not learned', drop='taken out')[look.config.thinking]}", "set thinking to 'learn', 'mask' or 'drop' if you want it otherwise")
 
 
 @check
@@ -175,7 +186,7 @@ def suggested_length(lengths: Sequence[int], context: int) -> int:
 
 @check
 def answers_fit(look: Look):
-    if look.config.method == "grpo": return
+    if look.config.method in ("grpo", "pretrain"): return
     long = [c for c in look.coded if c.tokens > look.config.max_length]
     if not long: return
     q, better = quantiles([c.tokens for c in look.coded]), suggested_length([c.tokens for c in look.coded], look.shape.context)
@@ -226,7 +237,7 @@ def effect_size(a: Sequence[float], b: Sequence[float]) -> float:
 
 @check
 def pairs_differ(look: Look):
-    if look.config.method != "dpo" or not look.coded: return
+    if look.config.method not in ("dpo", "reward") or not look.coded: return
     texts = [(c.record.id, _text(c.row["chosen"]), _text(c.row["rejected"])) for c in look.coded]
     same = [i for i, a, b in texts if a == b]
     near = [i for i, a, b in texts if a != b and len(a) > 20 and abs(len(a) - len(b)) < 0.1*len(a) and SequenceMatcher(None, a[:400], b[:400], autojunk=False).ratio() > 0.95]
@@ -236,11 +247,11 @@ def pairs_differ(look: Look):
 
 @check
 def length_does_not_decide(look: Look):
-    if look.config.method != "dpo" or len(look.coded) < 16: return
+    if look.config.method not in ("dpo", "reward") or len(look.coded) < 16: return
     better, worse = ([sum(x != -100 for x in labels) for c in look.coded for labels in [getattr(c, side)]] for side in ("labels", "worse_labels"))
     d, longer = effect_size(better, worse), sum(a > b for a, b in zip(better, worse))/len(better)
     if abs(d) > 0.5 or longer > 0.8 or longer < 0.1:
-        yield _say(length_does_not_decide, "warning", f"the better answer is the longer one in {longer:.0%} of the pairs (Cohen's d {d:+.2f}), so length may be what is learned", "balance the pairs, or set loss to 'sigmoid_norm', which counts per token")
+        yield _say(length_does_not_decide, "warning", f"the better answer is the longer one in {longer:.0%} of the pairs (Cohen's d {d:+.2f}), so length may be what is learned", "balance the pairs" + (", or set loss to 'sigmoid_norm', which counts per token" if look.config.method == "dpo" else ""))
 
 
 @check
@@ -266,8 +277,9 @@ def validation_is_held_out(look: Look):
     if not look.validation: return
     from aigc.data.split import leaks
     from aigc.data.dedup import normal
-    asked, groups = {normal(r.ask) for r in look.records}, {r.group for r in look.records if r.group}
-    same = [r.id for r in look.validation if normal(r.ask) in asked]
+    def asks(r): return normal(r.text or r.ask)
+    asked, groups = {asks(r) for r in look.records}, {r.group for r in look.records if r.group}
+    same = [r.id for r in look.validation if asks(r) in asked]
     shared = [r.id for r in look.validation if r.group and r.group in groups]
     total = len(look.validation)
     for ids, what in ((same, "have their question in the training data"), (shared, "share a group with the training data")):
@@ -315,7 +327,7 @@ def steps_are_enough(look: Look):
 @check
 def the_learning_rate_is_usual(look: Look):
     c = look.config
-    low, high = (1e-6, 2e-4) if not c.lora_rank else (1e-6, 5e-4) if c.method != "sft" else (1e-5, 1e-2)
+    low, high = (1e-6, 2e-4) if not c.lora_rank else (1e-6, 5e-4) if c.method not in ("sft", "distill", "pretrain") else (1e-5, 1e-2)
     if shape_is_a_toy(look.shape): return
     if not low <= c.learning_rate <= high:
         what = "every weight" if not c.lora_rank else f"an adapter by {c.method}"

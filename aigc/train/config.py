@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_DEFAULTS', 'READ_BY', 'BATCHINGS', 'LOSSES', 'NAMES', 'FIXED', 'BATCHING', 'CHECKED', 'OPTIMIZERS',
-           'TASK_METRIC', 'TrainConfig', 'train_config', 'has_bf16', 'trl_arguments', 'adapter_arguments',
+           'TASK_METRIC', 'TrainConfig', 'train_config', 'has_bf16', 'trl_arguments', 'on_policy', 'adapter_arguments',
            'lora_arguments']
 
 # %% ../../nbs/train/00_config.ipynb #fa110e52
@@ -17,12 +17,13 @@ from ..core.errors import UsageError, unknown
 # %% ../../nbs/train/00_config.ipynb #428b00a6
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {  # a preference loss needs far smaller steps
     "dpo": dict(learning_rate=5e-5, batch_size=4, log_steps=2, check_steps=10), "kto": dict(learning_rate=5e-5, batch_size=4, log_steps=2, check_steps=10, batching="random"),
-    "grpo": dict(learning_rate=1e-5, batch_size=8, log_steps=1, check_steps=10, batching="random", beta=0.0), "distill": dict(learning_rate=1e-4, log_steps=2, batching="random", beta=1.0)}
+    "grpo": dict(learning_rate=1e-5, batch_size=8, log_steps=1, check_steps=10, batching="random", beta=0.0), "distill": dict(learning_rate=1e-4, log_steps=2, batching="random", beta=1.0),
+    "reward": dict(learning_rate=1e-4, log_steps=2, check_steps=10, batching="random"), "pretrain": dict(learning_rate=1e-4, batching="packed", learned="all")}
 READ_BY: dict[str, tuple[str, ...]] = {  # fields that only some methods read
     "beta": ("dpo", "kto", "grpo", "distill"), "loss": ("dpo", "kto"), "sft_weight": ("dpo",), "label_smoothing": ("dpo",), "reference": ("dpo", "kto"),
-    "desirable_weight": ("kto",), "undesirable_weight": ("kto",), "learned": ("sft",), "generations": ("grpo",), "rewards": ("grpo",),
-    "temperature": ("grpo", "distill"), "answer_tokens": ("grpo", "distill"), "teacher": ("distill",)}
-BATCHINGS: dict[str, tuple[str, ...]] = {"sft": ("length", "random", "padding_free", "packed"), "dpo": ("length", "random"), "kto": ("random",), "grpo": ("random",), "distill": ("random",)}
+    "desirable_weight": ("kto",), "undesirable_weight": ("kto",), "learned": ("sft",), "thinking": ("sft",), "generations": ("grpo",), "rewards": ("grpo",),
+    "temperature": ("grpo", "distill"), "answer_tokens": ("grpo", "distill"), "teacher": ("distill",), "own_answers": ("distill",), "centre": ("reward",)}
+BATCHINGS: dict[str, tuple[str, ...]] = {"sft": ("length", "random", "padding_free", "packed"), "dpo": ("length", "random"), "kto": ("random",), "grpo": ("random",), "distill": ("random",), "reward": ("random",), "pretrain": ("random", "length", "padding_free", "packed")}
 LOSSES: dict[str, tuple[str, ...]] = {"dpo": ("sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "robust"), "kto": ("kto", "apo_zero_unpaired")}
 
 
@@ -45,7 +46,7 @@ def _all_read(config):
     if bool(config.label_smoothing) != (config.loss == "robust"): raise ValueError(f"label_smoothing ({config.label_smoothing:g}) goes with loss 'robust', and only with it")
     if config.method == "kto" and config.loss == "kto" and config.batch_size < 2: raise ValueError("loss 'kto' compares a row with its neighbours and needs a batch_size of at least 2")
     if config.method == "grpo" and (config.batch_size*config.gradient_accumulation) % config.generations: raise ValueError(f"generations ({config.generations}) must divide batch_size times gradient_accumulation ({config.batch_size*config.gradient_accumulation})")
-    if config.learned != "answer" and config.batching == "packed": raise ValueError("batching 'packed' needs learned 'answer'")
+    if config.method == "reward" and config.adapter in ("prefix", "prompt"): raise ValueError(f"adapter '{config.adapter}' cannot be given a score")
     if "lm_head" in config.lora_targets: raise ValueError("lora_targets names lm_head, whose adapter would never be trained")
     if config.adapter != "lora" and not config.lora_rank: raise ValueError(f"lora_rank is 0, which trains every weight, so adapter '{config.adapter}' is read by nothing")
     if config.adapter in ("prefix", "prompt") and config.activation_checkpointing: raise ValueError(f"adapter '{config.adapter}' puts tokens before the row that a recomputed pass does not see; set activation_checkpointing to false")
@@ -57,7 +58,7 @@ class TrainConfig(BaseModel):
     "How a model is trained. Schema 1: new fields come with a default that changes nothing."
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     schema_version: Literal[1] = Field(1, alias="schema")
-    method: Literal["sft", "dpo", "kto", "grpo", "distill"] = "sft"
+    method: Literal["sft", "dpo", "kto", "grpo", "distill", "reward", "pretrain"] = "sft"
     seed: int = Field(42, ge=0, description="of the order of the rows, of new weights and of dropout")
     # what is trained
     lora_rank: int = Field(16, ge=0, description="rank of the adapter (LoRA, arXiv 2106.09685); 0 trains every weight of the model")
@@ -70,6 +71,7 @@ class TrainConfig(BaseModel):
     max_length: int = Field(512, ge=8, description="tokens of a row, prompt and answer together; a longer one is dropped and reported, never cut")
     dropped_share: float = Field(0.2, ge=0, le=1, description="refuse to train when more than this share of the rows is too long")
     learned: Literal["answer", "assistant", "all"] = Field("answer", description="the loss is taken on the last answer | on everything the assistant says | on every token")
+    thinking: Literal["learn", "mask", "drop"] = Field("learn", description="<think> parts of answers: learned like the rest | seen, but without loss | taken out")
     batch_size: int = Field(8, ge=1, description="rows in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="passes per step of the optimizer")
     batching: Literal["length", "random", "padding_free", "packed"] = Field("length", description="rows of similar length together | shuffled | joined without padding | joined up to max_length")
@@ -111,6 +113,8 @@ class TrainConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="of the answers while training")
     answer_tokens: int = Field(64, ge=1, description="longest answer while training")
     teacher: str = Field("", description="the model that is imitated (distill)")
+    own_answers: float = Field(1.0, ge=0, le=1, description="share of the steps on the student's own answers, the rest on the given ones; 1: on-policy, 0: off-policy (distill)")
+    centre: float = Field(0.0, ge=0, description="how much rewards are drawn towards a mean of nought; 0.01 is usual, 0 is not at all (reward)")
 
     _defaults = model_validator(mode="before")(_by_method)
     _read = model_validator(mode="after")(_all_read)
@@ -130,7 +134,7 @@ def train_config(values: dict[str, Any], place: str = "training configuration") 
 NAMES: dict[str, tuple[str, str]] = {
     "seed": ("arguments", "seed"), "lora_rank": ("adapter", "r"), "lora_alpha": ("adapter", "lora_alpha"), "lora_dropout": ("adapter", "lora_dropout"),
     "lora_targets": ("adapter", "target_modules"), "adapter": ("adapter", "init_lora_weights"), "virtual_tokens": ("tokens", "num_virtual_tokens"),
-    "max_length": ("arguments", "max_length"), "dropped_share": ("rows", "dropped_share"), "learned": ("rows", "learned"),
+    "max_length": ("arguments", "max_length"), "dropped_share": ("rows", "dropped_share"), "learned": ("rows", "learned"), "thinking": ("rows", "thinking"),
     "batch_size": ("arguments", "per_device_train_batch_size"), "gradient_accumulation": ("arguments", "gradient_accumulation_steps"),
     "batching": ("arguments", "train_sampling_strategy"), "epochs": ("arguments", "num_train_epochs"), "max_steps": ("arguments", "max_steps"),
     "learning_rate": ("arguments", "learning_rate"), "schedule": ("arguments", "lr_scheduler_type"), "warmup": ("arguments", "warmup_steps"),
@@ -142,7 +146,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "beta": ("arguments", "beta"), "loss": ("arguments", "loss_type"), "sft_weight": ("arguments", "loss_weights"), "label_smoothing": ("arguments", "label_smoothing"),
     "reference": ("arguments", "precompute_ref_log_probs"), "desirable_weight": ("arguments", "desirable_weight"), "undesirable_weight": ("arguments", "undesirable_weight"),
     "generations": ("arguments", "num_generations"), "rewards": ("trainer", "reward_funcs"), "temperature": ("arguments", "temperature"), "answer_tokens": ("arguments", "max_completion_length"),
-    "teacher": ("trainer", "teacher_model"),
+    "teacher": ("trainer", "teacher_model"), "own_answers": ("arguments", "lmbda"), "centre": ("arguments", "center_rewards_coefficient"),
 }
 
 # %% ../../nbs/train/00_config.ipynb #f03eceb8
@@ -169,7 +173,8 @@ def _by_method_arguments(config: TrainConfig) -> dict[str, Any]:
         return dict(loss_type=[config.loss, "sft"] if config.sft_weight else [config.loss], loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
                     precompute_ref_log_probs=ahead, disable_dropout=config.lora_dropout == 0)
     if config.method == "kto": return dict(precompute_ref_log_probs=ahead, disable_dropout=config.lora_dropout == 0)
-    return dict(max_length=None) if config.method in ("grpo", "distill") else {}
+    if config.method == "reward": return dict(disable_dropout=config.lora_dropout == 0, center_rewards_coefficient=config.centre or None)
+    return {}
 
 
 def trl_arguments(config: TrainConfig, output_dir: str, *, device: str = "cpu", validated: bool = False) -> dict[str, Any]:
@@ -185,14 +190,21 @@ def trl_arguments(config: TrainConfig, output_dir: str, *, device: str = "cpu", 
     checks = CHECKED | best | dict(eval_steps=config.check_steps, per_device_eval_batch_size=config.batch_size) if validated else {}
     if not validated: del named["metric_for_best_model"]
     found = FIXED | named | BATCHING[config.batching] | checks | _by_method_arguments(config) | dict(output_dir=str(output_dir), use_cpu=device == "cpu")
-    if config.method in ("grpo", "distill"): del found["max_length"]
+    if config.method == "grpo" or on_policy(config): del found["max_length"]
+    if on_policy(config): del found["lmbda"]
+    elif config.method == "distill": found["max_new_tokens"] = found.pop("max_completion_length")  # the off-policy trainer's name for it
     return found
+
+
+def on_policy(config: TrainConfig) -> bool:
+    "Whether a distillation runs on the student's own answers alone, for which TRL has a trainer of its own."
+    return config.method == "distill" and config.own_answers == 1
 
 
 def adapter_arguments(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
     "Name of the class in `peft` and its keyword arguments; `None` when every weight is trained."
     if not config.lora_rank: return None
-    targets = dict(target_modules=config.lora_targets, task_type="CAUSAL_LM")
+    targets = dict(target_modules=config.lora_targets, task_type="SEQ_CLS" if config.method == "reward" else "CAUSAL_LM")
     if config.adapter == "ia3": return "IA3Config", targets | dict(feedforward_modules=[])
     if config.adapter in ("prefix", "prompt"): return f"{'Prefix' if config.adapter == 'prefix' else 'Prompt'}TuningConfig", dict(task_type="CAUSAL_LM", num_virtual_tokens=config.virtual_tokens)
     lora = targets | dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)

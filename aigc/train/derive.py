@@ -29,7 +29,7 @@ def usual_rate(shape: Shape, config: TrainConfig) -> tuple[float, str]:
     rate = 2e-5*billions**-0.25
     said = f"2e-5 at a billion parameters, by the fourth root of {billions:.3g} billion"
     if config.lora_rank: rate, said = rate*10, said + ", times ten for an adapter"
-    if config.method != "sft" and config.method != "distill": rate, said = rate/20, said + f", a twentieth for {config.method}"
+    if config.method not in ("sft", "distill", "pretrain", "reward"): rate, said = rate/20, said + f", a twentieth for {config.method}"
     return float(f"{rate:.1g}"), said
 
 

@@ -129,7 +129,7 @@ def head_bytes(shape: Shape, learned: int, *, device: str, bf16: bool) -> tuple[
 
 def activation_bytes(shape: Shape, config: TrainConfig, rows: int, longest: int, *, bf16: bool) -> tuple[float, float, float]:
     "Bytes that a forward pass of `rows` rows of `longest` tokens leaves for the backward pass: low, expected, high."
-    tokens = rows*(longest + (config.virtual_tokens if config.lora_rank and config.adapter in ("prefix", "prompt") else 0))*(2 if config.method == "dpo" else 1)
+    tokens = rows*(longest + (config.virtual_tokens if config.lora_rank and config.adapter in ("prefix", "prompt") else 0))*(2 if config.method in ("dpo", "reward") else 1)
     number = 2.6 if bf16 else 4.0  # norms and residuals stay fp32 under bf16
     layer = tokens*_per_token(shape, config)*number
     kept = shape.layers*tokens*shape.hidden*4 + layer if config.activation_checkpointing else shape.layers*layer
@@ -153,7 +153,7 @@ def estimate_memory(shape: Shape, config: TrainConfig, *, rows: int | None = Non
         if copies: parts["bf16 copies of the weights"] = (0.5*copies, copies, 1.3*copies)
     if shape.quantized and device == "cpu": parts["dequantized layer"] = (0, 2*max(i*o for _, i, o in shape.linears), 4*max(i*o for _, i, o in shape.linears))
     parts["activations"] = activation_bytes(shape, config, rows, longest, bf16=bf16)
-    positions = rows*longest*(2 if config.method == "dpo" else 1)
+    positions = rows*longest*(2 if config.method in ("dpo", "reward") else 1)
     parts["head"] = head_bytes(shape, positions if learned is None else min(learned, positions), device=device, bf16=bf16)
     parts["software"] = SOFTWARE["cpu" if device == "cpu" else "cuda"]
     return Memory(parts, device, device == "cpu", _free(device) if available is None else available)

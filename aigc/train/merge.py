@@ -46,6 +46,8 @@ class Merged:
     kl: float = 0.0
     perplexity_ratio: float = 1.0
     kl_quantized: float | None = None
+    max_logit_difference_quantized: float | None = None
+    perplexity_ratio_quantized: float | None = None
 
     def to_dict(self) -> dict:
         "For `--json`."
@@ -55,12 +57,12 @@ class Merged:
         "One sentence for the log."
         return (f"merged into {self.dtype}: logits differ by at most {self.max_logit_difference:.1e} after merging in fp32 and {self.max_logit_difference_stored:.1e} with the weights as stored; "
                 f"the likeliest token is the same at {self.top1_agreement:.1%} of {self.tokens} positions; KL {self.kl:.1e} nats a token, perplexity times {self.perplexity_ratio:.4f}"
-                + (f"; quantized: KL {self.kl_quantized:.1e}" if self.kl_quantized is not None else ""))
+                + (f"; quantized: logits differ by at most {self.max_logit_difference_quantized:.1e}, KL {self.kl_quantized:.1e}, perplexity times {self.perplexity_ratio_quantized:.4f}" if self.kl_quantized is not None else ""))
 
     def metrics(self) -> dict[str, float]:
         "The numbers for the record."
         return dict(merge_max_logit_difference=self.max_logit_difference, merge_max_logit_difference_stored=self.max_logit_difference_stored, merge_top1_agreement=self.top1_agreement,
-                    merge_kl=self.kl, merge_perplexity_ratio=self.perplexity_ratio) | ({"merge_kl_quantized": self.kl_quantized} if self.kl_quantized is not None else {})
+                    merge_kl=self.kl, merge_perplexity_ratio=self.perplexity_ratio) | (dict(merge_kl_quantized=self.kl_quantized, merge_max_logit_difference_quantized=self.max_logit_difference_quantized, merge_perplexity_ratio_quantized=self.perplexity_ratio_quantized) if self.kl_quantized is not None else {})
 
 
 PROBES = ["Write the one-line docstring of this Python function.\n```python\ndef area(radius):\n    return math.pi*radius**2\n```",
@@ -83,11 +85,11 @@ def _logits(model, batches: list[torch.Tensor]) -> list[torch.Tensor]: return [m
 
 # %% ../../nbs/train/30_merge.ipynb #8e93e71b
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None, store: Store | None = None, dtype: torch.dtype | None = None,
-                  probes: Sequence[str] = PROBES, bound: float = 1e-2, kl_bound: float = 0.02, quantized: str | Path | None = None, device: str | None = None) -> Merged:
+                  probes: Sequence[str] = PROBES, bound: float = 1e-2, kl_bound: float = 0.02, quantized: str | Path | None = None, quantized_bound: float = 0.2, device: str | None = None) -> Merged:
     """Merge `adapter` (folder or store reference) into its base and write the whole model to the folder `out`.
 
     `dtype` of the stored weights defaults to the base's own. `quantized`: a quantized version to compare with the adapter too.
-    Raises `GateError` when merging in fp32 moves a logit by more than `bound`, or when the weights as stored (or the quantized version) are further than `kl_bound` nats a token from the adapter;
+    Raises `GateError` when merging in fp32 moves a logit by more than `bound`, or when the weights as stored are further than `kl_bound` nats a token from the adapter (the quantized version: `quantized_bound`);
     `out` is then left as it was."""
     from peft import PeftModel
     folder = model_path(adapter, store)
@@ -113,9 +115,12 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(before, after)])
     found = Merged(Path(out), exact, max((a - b).abs().max().item() for a, b in zip(before, after)), same.float().mean().item(), len(same), str(stored).removeprefix("torch."),
                    _kl(before, after), math.exp(_surprise(after, batches) - _surprise(before, batches)))
-    if quantized: found.kl_quantized = _kl(before, _logits(load_model(quantized, device=device, store=store)[0], batches))
-    for kl, what in ((found.kl, f"the merged weights in {found.dtype}"), (found.kl_quantized, "the quantized model")):
-        if kl is not None and not kl <= kl_bound: raise GateError(f"{what} are {kl:.3g} nats a token away from the adapter, more than {kl_bound:g}", place=str(adapter), remedy="store them in float32, quantize with a smaller group or more bits, or accept it with a higher kl_bound")
+    if quantized:
+        packed = _logits(load_model(quantized, device=device, store=store)[0], batches)
+        found.kl_quantized, found.max_logit_difference_quantized = _kl(before, packed), max((a - b).abs().max().item() for a, b in zip(before, packed))
+        found.perplexity_ratio_quantized = math.exp(_surprise(packed, batches) - _surprise(before, batches))
+    for kl, most, what in ((found.kl, kl_bound, f"the merged weights in {found.dtype} are"), (found.kl_quantized, quantized_bound, "the quantized model is")):
+        if kl is not None and not kl <= most: raise GateError(f"{what} {kl:.3g} nats a token away from the adapter, more than {most:g}", place=str(adapter), remedy="store them in float32, quantize with a smaller group or more bits, or accept it with a higher bound")
     save_model(merged, tokenizer, out, dtype=stored)
     if (folder/"training.json").is_file(): (Path(out)/"training.json").write_text((folder/"training.json").read_text())
     return found

@@ -22,7 +22,7 @@ from ..models.template import TokenMask
 from .checks import Coded, Finding, Look, examine, padding, quantiles, suggested_length
 from .config import TrainConfig, has_bf16, train_config
 from .memory import Memory, Shape, estimate_memory, model_shape, trained_parameters
-from .rows import encode_learned, to_rows
+from .rows import SIDES, encode_learned, to_rows
 
 # %% ../../nbs/train/36_preflight.ipynb #e2bd68e6
 EFFICIENCY = (0.75, 0.4, 0.15)  # share of the matrix product's speed that training reaches: best, expected, worst
@@ -169,7 +169,7 @@ def _coded(tokenizer, records: Sequence[Record], config: TrainConfig) -> tuple[l
     for record in records[::max(1, len(records)//SAMPLE)][:SAMPLE]:
         try:
             for row in to_rows(record, config.method):
-                first, *second = [encode_learned(tokenizer, row, s, config.learned) for s in ("completion", "chosen", "rejected") if s in row]
+                first, *second = [encode_learned(tokenizer, row, s, config.learned, config.thinking) for s in SIDES if s in row]
                 coded.append(Coded(record, row, *first, *(second[0] if second else ())))
         except AigcError as e: broken.append((record.id, f"{e.place + ': ' if e.place and record.id not in e.place else ''}{e.cause}"))
     return coded, broken

@@ -24,6 +24,7 @@ METRICS: dict[str, str] = {
     "mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "validation_token_accuracy",
     "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy",
     "logps/chosen": "logp_chosen", "logps/rejected": "logp_rejected",
+    "accuracy": "reward_accuracy", "margin": "reward_margin",
     "kl": "kl", "reward": "reward", "reward_std": "reward_std", "completions/mean_length": "answer_length", "completions/clipped_ratio": "clipped_share", f"eval_{TASK_METRIC}": "task_score",
     "eval_rewards/margins": "validation_reward_margin", "eval_rewards/accuracies": "validation_reward_accuracy", "eval_logps/chosen": "validation_logp_chosen",
 }
@@ -69,7 +70,7 @@ class Lines(TrainerCallback):
         epochs = max(1, math.ceil(self.config.epochs if not self.config.max_steps else max(epoch, 1)))
         said = [f"[Epoch {min(epochs, max(1, math.ceil(epoch - 1e-9)))}/{epochs}] step {step}/{steps}"]
         for name, label in (("loss", "Loss"), ("validation_loss", "validation Loss")):
-            if name in row: said += [f"{label} {row[name]:.4f}", *([f"PPL {math.exp(min(row[name], 50)):.2f}"] if self.config.method == "sft" else [])]
+            if name in row: said += [f"{label} {row[name]:.4f}", *([f"PPL {math.exp(min(row[name], 50)):.2f}"] if self.config.method in ("sft", "pretrain") else [])]
         for name, label, spec in (("reward_margin", "margin", ".3f"), ("reward", "reward", ".3f"), ("task_score", self.config.select_by, ".3f"), ("learning_rate", "LR", ".1e"), ("grad_norm", "grad", ".2f")):
             if name in row: said.append(f"{label} {row[name]:{spec}}")
         seconds, done = time.monotonic() - self.start, step - self.first
@@ -202,7 +203,7 @@ def diagnose(history: list[dict[str, Any]], config: TrainConfig, answer_tokens: 
     if checks and not math.isfinite(checks[-1]["validation_loss"]): return f"at step {checks[-1]['step']} the validation loss is {checks[-1]['validation_loss']}; lower learning_rate (now {config.learning_rate:g}) or set precision to fp32"
     if len(recent) < IN_A_ROW: return ""
     if config.method == "grpo": return _diagnose_rewards(rows, recent, config)
-    if config.method == "sft" and all(r["loss"] == 0.0 for r in recent): return f"the loss has been exactly zero since step {recent[0]['step']}, so no token is trained; look at the mask: aigc train preflight"
+    if config.method in ("sft", "pretrain") and all(r["loss"] == 0.0 for r in recent): return f"the loss has been exactly zero since step {recent[0]['step']}, so no token is trained; look at the mask: aigc train preflight"
     if all(r.get("grad_norm", 1.0) == 0.0 for r in recent): return f"the gradient has been exactly zero since step {recent[0]['step']}, so nothing is learned; check that the answers differ and that tokens are trained"
     return _diagnose_preferences(recent, config, answer_tokens) if config.method in ("dpo", "kto") else ""
 
