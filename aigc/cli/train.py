@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['train_app', 'Model', 'Data', 'Set', 'Limit', 'Json', 'Out', 'Compare', 'Config', 'Held', 'Start', 'Processes',
-           'Machines', 'Address', 'Method', 'Launcher', 'read_settings', 'load_rows', 'planned', 'preflight_command',
-           'sft_command', 'dpo_command', 'kto_command', 'grpo_command', 'distill_command', 'reward_command',
-           'pretrain_command', 'merge_command']
+           'Machines', 'Address', 'OnModal', 'Method', 'Launcher', 'read_settings', 'load_rows', 'planned',
+           'preflight_command', 'sft_command', 'dpo_command', 'kto_command', 'grpo_command', 'distill_command',
+           'reward_command', 'pretrain_command', 'merge_command']
 
 # %% ../../nbs/cli/65_train.ipynb #a096d25c
 import json, os, sys
@@ -150,84 +150,88 @@ Start = Annotated[Launcher | None, typer.Option("--launch", help="do not train: 
 Processes = Annotated[int, typer.Option(min=1, help="processes on all machines together, for --launch")]
 Machines = Annotated[int, typer.Option(min=1, help="machines, for --launch")]
 Address = Annotated[str, typer.Option(help="address of the first machine, for --launch")]
+OnModal = Annotated[str, typer.Option("--modal", metavar="GPU", help="write a program for a cluster on Modal instead, with this GPU; for --launch with several machines")]
 
 
-def _launched(kind: Launcher | None, processes: int, machines: int, address: str) -> bool:
+def _launched(kind: Launcher | None, processes: int, machines: int, address: str, on_modal: str) -> bool:
     "Write the files of `--launch` and print the command, which is the one given without these options."
-    if kind is None: return False
+    if kind is None:
+        if on_modal: raise UsageError("a cluster on Modal needs to know how it trains", place="--modal", remedy="add --launch fsdp2 (or ddp, zero2, zero3), --machines and --processes")
+        return False
     from aigc.models.sources import auto_device
-    from aigc.train.launch import write_launch
+    from aigc.train.launch import write_launch, write_modal_cluster
     arguments, skip = [], False
     for a in sys.argv[1:]:
         if skip: skip = False; continue
         name, equals, _ = a.partition("=")
-        if name in ("--launch", "--processes", "--machines", "--address"): skip = not equals; continue
+        if name in ("--launch", "--processes", "--machines", "--address", "--modal"): skip = not equals; continue
         arguments.append(a)
-    typer.echo(str(write_launch(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, address=address, cpu=auto_device() == "cpu" and kind in (Launcher.ddp, Launcher.fsdp2))))
+    if on_modal: typer.echo(str(write_modal_cluster(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, gpu=on_modal)))
+    else: typer.echo(str(write_launch(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, address=address, cpu=auto_device() == "cpu" and kind in (Launcher.ddp, Launcher.fsdp2))))
     return True
 
 
 @train_app.command("sft")
 def sft_command(data: Data = "pydocs", model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Teach the model good answers.
 
     Example: aigc train sft --data my.jsonl --model smollm2-135m --set epochs=2"""
-    if not _launched(launch, processes, machines, address): _train("sft", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("sft", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("dpo")
 def dpo_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Teach the model which of two answers is better (rows with prompt, chosen, rejected).
 
     Example: aigc train dpo --data pairs.jsonl --model model/mine --set beta=0.2"""
-    if not _launched(launch, processes, machines, address): _train("dpo", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("dpo", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("kto")
 def kto_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Teach the model from single answers, each good or bad (messages and a label).
 
     Example: aigc train kto --data thumbs.jsonl --model model/mine"""
-    if not _launched(launch, processes, machines, address): _train("kto", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("kto", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("grpo")
 def grpo_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                 launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                 launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Let the model answer, and reward what can be verified (number, exact, choice, json, …), what is short, what ends.
 
     Example: aigc train grpo --data sums.jsonl --model model/mine --set 'rewards=["number","ended"]'"""
-    if not _launched(launch, processes, machines, address): _train("grpo", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("grpo", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("distill")
 def distill_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                    launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                    launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Let a student imitate a teacher, on the student's own answers or (own_answers=0) on given ones.
 
     Example: aigc train distill --data my.jsonl --model ./student --set teacher=model/mine"""
-    if not _launched(launch, processes, machines, address): _train("distill", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("distill", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("reward")
 def reward_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                   launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                   launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Teach the model to score answers (rows with prompt, chosen, rejected).
 
     Example: aigc train reward --data pairs.jsonl --model smollm2-135m --out judge"""
-    if not _launched(launch, processes, machines, address): _train("reward", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("reward", data, model, settings, config, validation, limit, out, compare, as_json)
 
 
 @train_app.command("pretrain")
 def pretrain_command(data: Data, model: Model = "tiny", settings: Set = [], config: Config = None, validation: Held = "", limit: Limit = 0, out: Out = "", compare: Compare = True, as_json: Json = False,
-                     launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = ""):
+                     launch: Start = None, processes: Processes = 2, machines: Machines = 1, address: Address = "", on_modal: OnModal = ""):
     """Let the model read on: continued pre-training on documents (rows with text).
 
     Example: aigc train pretrain --data handbook.jsonl --model smollm2-135m --set max_length=512"""
-    if not _launched(launch, processes, machines, address): _train("pretrain", data, model, settings, config, validation, limit, out, compare, as_json)
+    if not _launched(launch, processes, machines, address, on_modal): _train("pretrain", data, model, settings, config, validation, limit, out, compare, as_json)
 
 # %% ../../nbs/cli/65_train.ipynb #c82ff444
 @train_app.command("merge")
