@@ -62,12 +62,15 @@ def test_every_name_is_known_to_the_installed_libraries():
     from transformers import EarlyStoppingCallback
     from aigc.train.rows import fitting
     from aigc.train.watch import Samples
-    configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig, "grpo": trl.GRPOConfig, "distill": trl.DistillationConfig}
-    known = {"adapter": [peft.LoraConfig], "tokens": [peft.PromptTuningConfig, peft.PrefixTuningConfig], "early_stopping": [EarlyStoppingCallback], "rows": [fitting]}
+    configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig, "grpo": trl.GRPOConfig, "distill": trl.DistillationConfig, "reward": trl.RewardConfig, "pretrain": trl.SFTConfig}
+    from trl.experimental.gkd import GKDConfig
+    from transformers import BitsAndBytesConfig
+    known = {"quantizer": [BitsAndBytesConfig], "adapter": [peft.LoraConfig], "tokens": [peft.PromptTuningConfig, peft.PrefixTuningConfig], "early_stopping": [EarlyStoppingCallback], "rows": [fitting]}
     trainers_of = {"rewards": trl.GRPOTrainer, "teacher": trl.DistillationTrainer}
     for field, (target, name) in NAMES.items():
         if target == "samples": continue  # our own callback: test_samples_and_scores
-        if target == "trainer": kinds = [trainers_of[field]]
+        if field == "own_answers": kinds = [GKDConfig]  # the off-policy trainer's
+        elif target == "trainer": kinds = [trainers_of[field]]
         else: kinds = known[target] if target in known else [configs[m] for m in READ_BY.get(field, tuple(configs)) if not (field == "max_length" and m in ("grpo", "distill"))]
         for kind in kinds: assert name in inspect.signature(kind).parameters, f"{field}: {kind.__name__} does not know '{name}'"
     assert hasattr(Samples, "on_evaluate")
@@ -108,7 +111,7 @@ def test_every_field_changes_something(field, tiny, tmp_path, monkeypatch, plain
 
 
 def test_the_remaining_fields_change_something(tiny, tmp_path, monkeypatch):
-    elsewhere = {"virtual_tokens", "keep_checkpoints", "select_by", "select_rows", "sample_prompts", "sample_tokens", "report_to"}  # test_train_methods.py
+    elsewhere = {"virtual_tokens", "keep_checkpoints", "select_by", "select_rows", "sample_prompts", "sample_tokens", "report_to", "four_bit"}  # test_train_methods.py
     assert set(TrainConfig.model_fields) - set(CHANGES) - (set(READ_BY) - {"learned"}) - elsewhere == {"schema_version", "method", "max_length", "dropped_share", "patience"}
     records = chats(8)
     sizes = [len(r["input_ids"]) for r in trainer_rows(tiny, records)]

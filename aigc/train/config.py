@@ -49,6 +49,8 @@ def _all_read(config):
     if config.method == "reward" and config.adapter in ("prefix", "prompt"): raise ValueError(f"adapter '{config.adapter}' cannot be given a score")
     if "lm_head" in config.lora_targets: raise ValueError("lora_targets names lm_head, whose adapter would never be trained")
     if config.adapter != "lora" and not config.lora_rank: raise ValueError(f"lora_rank is 0, which trains every weight, so adapter '{config.adapter}' is read by nothing")
+    if config.four_bit and (not config.lora_rank or config.adapter not in ("lora", "rslora", "dora")): raise ValueError(f"four_bit '{config.four_bit}' keeps the base as it is: it needs lora_rank above 0 and adapter 'lora', 'rslora' or 'dora'")
+    if config.four_bit and config.method == "reward": raise ValueError("four_bit is not for reward models, whose head is new")
     if config.adapter in ("prefix", "prompt") and config.activation_checkpointing: raise ValueError(f"adapter '{config.adapter}' puts tokens before the row that a recomputed pass does not see; set activation_checkpointing to false")
     if config.adapter in ("prefix", "prompt") and config.batching in ("packed", "padding_free"): raise ValueError(f"adapter '{config.adapter}' needs rows of their own, not batching '{config.batching}'")
     return config
@@ -66,6 +68,7 @@ class TrainConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_targets: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the layers that get an adapter; never lm_head")
     adapter: Literal["lora", "rslora", "dora", "pissa", "ia3", "prefix", "prompt"] = Field("lora", description="kind of the adapter: LoRA; alpha/√rank (rsLoRA); length and direction apart (DoRA); begun at the weights' largest singular vectors (PiSSA); a factor per feature (IA3); tokens before the row (prefix, prompt)")
+    four_bit: Literal["", "nf4", "fp4"] = Field("", description="load the base in bitsandbytes' 4 bits (QLoRA, arXiv 2305.14314; the extra 'bnb'); empty: as it is stored. A base that is quantized already needs nothing")
     virtual_tokens: int = Field(16, ge=1, description="tokens that the adapters 'prefix' and 'prompt' put before every row")
     # on what, in which portions
     max_length: int = Field(512, ge=8, description="tokens of a row, prompt and answer together; a longer one is dropped and reported, never cut")
@@ -133,7 +136,7 @@ def train_config(values: dict[str, Any], place: str = "training configuration") 
 # %% ../../nbs/train/00_config.ipynb #9b370283
 NAMES: dict[str, tuple[str, str]] = {
     "seed": ("arguments", "seed"), "lora_rank": ("adapter", "r"), "lora_alpha": ("adapter", "lora_alpha"), "lora_dropout": ("adapter", "lora_dropout"),
-    "lora_targets": ("adapter", "target_modules"), "adapter": ("adapter", "init_lora_weights"), "virtual_tokens": ("tokens", "num_virtual_tokens"),
+    "lora_targets": ("adapter", "target_modules"), "adapter": ("adapter", "init_lora_weights"), "virtual_tokens": ("tokens", "num_virtual_tokens"), "four_bit": ("quantizer", "bnb_4bit_quant_type"),
     "max_length": ("arguments", "max_length"), "dropped_share": ("rows", "dropped_share"), "learned": ("rows", "learned"), "thinking": ("rows", "thinking"),
     "batch_size": ("arguments", "per_device_train_batch_size"), "gradient_accumulation": ("arguments", "gradient_accumulation_steps"),
     "batching": ("arguments", "train_sampling_strategy"), "epochs": ("arguments", "num_train_epochs"), "max_steps": ("arguments", "max_steps"),

@@ -142,7 +142,7 @@ def estimate_memory(shape: Shape, config: TrainConfig, *, rows: int | None = Non
     bf16 = config.precision == "bf16" or (config.precision == "auto" and (device != "cpu" or has_bf16("cpu")))
     trained = trained_parameters(shape, config)
     rows, longest = rows or config.batch_size, longest or config.max_length
-    loaded = shape.stored_bytes if shape.quantized else shape.parameters*(2 if device == "cuda" and config.lora_rank else 4)
+    loaded = shape.stored_bytes if shape.quantized else sum(i*o for _, i, o in shape.linears)*0.56 + (shape.parameters - sum(i*o for _, i, o in shape.linears))*4 if config.four_bit else shape.parameters*(2 if device == "cuda" and config.lora_rank else 4)
     parts = {"weights": (loaded, loaded, loaded*(1.05 if device == "cuda" else 1.2))}  # loading keeps a shard twice for a moment
     if device == "cpu" and shape.dtype != "float32" and not shape.quantized: parts["checkpoint file, mapped"] = (0, 0.5*shape.stored_bytes, shape.stored_bytes)
     if config.lora_rank: parts["adapter"] = (trained*4,)*3

@@ -23,6 +23,7 @@ from ..models.sources import auto_device, load_model, load_tokenizer, model_ref
 from ..models.template import TokenMask, handover
 from .config import TrainConfig, adapter_arguments, on_policy, trl_arguments
 from .merge import save_model
+from .qlora import adapt_quantized, load_four_bit
 from .rows import Fitting, cached_fitting
 from .scored import load_scored
 from .preflight import preflight
@@ -151,7 +152,6 @@ def _more(config: TrainConfig, tokenizer, device: str, store: Store | None) -> d
 
 def _quantized_targets(model, lora):
     "A quantized base has no `nn.Linear` that PEFT could find: name its layers, and say which class adapts them."
-    from aigc.train.qlora import adapt_quantized
     return adapt_quantized(model, lora)
 
 
@@ -160,7 +160,8 @@ def _trainer(config: TrainConfig, model: str, folder: Path, train: Fitting, vali
     import aigc.quant.plugin  # noqa: F401  a base in aigc's own quantized format
     device = auto_device()
     set_seed(config.seed)
-    loaded, tokenizer = (load_scored if config.method == "reward" else load_model)(model, dtype=None if device == "cuda" and config.lora_rank else torch.float32, device=device, store=store)
+    if config.four_bit: loaded, tokenizer = load_four_bit(model, config.four_bit, device=device, store=store)
+    else: loaded, tokenizer = (load_scored if config.method == "reward" else load_model)(model, dtype=None if device == "cuda" and config.lora_rank else torch.float32, device=device, store=store)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     arguments, kind = _kinds(config)
     lora, train = _quantized_targets(loaded, _adapter(config)), _in_order(train, config)
