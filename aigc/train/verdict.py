@@ -69,7 +69,7 @@ class Verdict:
         return f"{self.word}: {self.metric} {self.before.show('.3f')} before, {self.after.show('.3f')} after, difference {self.better.show('+.3f')} on {len(self.rows)} rows; {forgot}"
 
     def __repr__(self) -> str:
-        if not self.rows: return str(self)
+        if not self.rows or "ask" not in self.rows[0]: return str(self)
         said = []
         for what, row in (("best", max(self.rows, key=lambda r: r["after"])), ("worst", min(self.rows, key=lambda r: r["after"])), ("lost most", min(self.rows, key=lambda r: r["after"] - r["before"]))):
             said += [f"{what} ({row['before']:.2f} to {row['after']:.2f}): {textwrap.shorten(row['ask'], 100)}", f"  wanted  {textwrap.shorten(row['reference'], 110)}", f"  before  {textwrap.shorten(row['said_before'], 110)}", f"  after   {textwrap.shorten(row['said_after'], 110)}"]
