@@ -132,11 +132,17 @@ def trainer_rows(tiny, records):
     return [dict(zip(("input_ids", "start"), encode(tokenizer, *r.prompt_completion()))) for r in records]
 
 
+DPO = dict(method="dpo", learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def plain_pairs(tiny, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m: return trace(tiny, tmp_path_factory.mktemp("dpo"), m, pairs(8), **DPO)
+
+
 @pytest.mark.parametrize("change", [dict(beta=0.5), dict(loss="ipo"), dict(loss="apo_zero"), dict(loss="sigmoid_norm"), dict(sft_weight=1.0), dict(lora_dropout=0.5), dict(loss="robust", label_smoothing=0.2)], ids=lambda c: "-".join(f"{k}_{v}" for k, v in c.items()))
-def test_every_preference_field_changes_something(change, tiny, tmp_path, monkeypatch):
-    base = dict(method="dpo", learning_rate=1e-3)
-    with pytest.MonkeyPatch.context() as m: before = trace(tiny, tmp_path/"a", m, pairs(8), **base)
-    assert trace(tiny, tmp_path/"b", monkeypatch, pairs(8), **base, **change) != before
+def test_every_preference_field_changes_something(change, tiny, tmp_path, monkeypatch, plain_pairs):
+    assert trace(tiny, tmp_path, monkeypatch, pairs(8), **DPO, **change) != plain_pairs
 
 
 # --- the same arithmetic, said differently ------------------------------------------------------------------------------

@@ -168,3 +168,33 @@ def test_every_test_that_the_table_of_pains_names_exists(repo):
     for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", table): assert f"def {name}(" in (repo/"tests"/file).read_text(), (file, name)
     for name in re.findall(r'"([a-z ]+)"', table): assert name in WRONG, name
     for notebook in re.findall(r"`(\d\d_\w+)`", table): assert (repo/"nbs"/"train"/f"{notebook}.ipynb").is_file(), notebook
+
+
+PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}, thank you.", "rejected": f"Who knows {i}."} for i in range(16)]
+TEXTS = [{"text": f"The river number {i} rises in the mountains and reaches the sea after {i} hundred kilometres."} for i in range(16)]
+
+
+@pytest.mark.parametrize("method, rows, measure", [("reward", PAIRS, "pairs ranked right"), ("pretrain", TEXTS, "log-likelihood a token"), ("dpo", PAIRS, "chosen likelier")])
+def test_each_method_is_measured_by_what_it_promises(method, rows, measure, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    from aigc.cli.train import train_app
+    monkeypatch.setenv("AIGC_STORE", str(tmp_path/"store")); monkeypatch.setenv("AIGC_DEVICE", "cpu")
+    data, held = write(tmp_path/"rows.jsonl", rows[:12]), write(tmp_path/"held.jsonl", rows[12:])
+    done = CliRunner().invoke(train_app, [method, "--data", str(data), "--validation", str(held), "--out", "mine", "--set", "max_steps=2", "--set", "max_length=64", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert measure in result["verdict"]["metric"] and result["verdict"]["rows"] == 4
+    assert bool(result["adapter"]) and (result["model"].startswith("adapter/") == (method == "reward"))
+
+
+def test_a_cluster_on_modal_is_written_not_started(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    from aigc.cli.train import train_app
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["aigc", "train", "sft", "--data", "dataset/docs", "--launch", "fsdp2", "--machines", "2", "--processes", "16", "--modal", "H100"])
+    done = CliRunner().invoke(train_app, ["sft", "--data", "dataset/docs", "--launch", "fsdp2", "--machines", "2", "--processes", "16", "--modal", "H100"])
+    assert done.exit_code == 0 and "modal run" in done.stdout, done.output
+    made = (tmp_path/"modal_fsdp2.py").read_text()
+    assert "'H100:8'" in made and "clustered(size=2" in made and "['train', 'sft', '--data', 'dataset/docs']" in made
+    refused = CliRunner().invoke(train_app, ["sft", "--modal", "H100"])
+    assert refused.exit_code and "add --launch" in str(refused.exception)

@@ -9,9 +9,10 @@ import pytest
 pytest.importorskip("trl")
 
 MODELS = {  # hidden, layers, inner, vocabulary
-    "5M": (192, 6, 512, 8000), "30M": (384, 12, 1024, 16000), "70M": (512, 16, 1408, 32000), "135M": (576, 30, 1536, 49152)}
+    "5M": (192, 6, 512, 8000), "30M": (384, 12, 1024, 16000), "70M": (512, 16, 1408, 32000), "135M": (576, 30, 1536, 49152), "wide": (768, 4, 2560, 12000), "deep": (320, 36, 896, 24000), "large head": (448, 8, 1152, 96000)}
 CASES = [("5M", {}, 8, 256), ("30M", {}, 8, 256), ("30M", dict(lora_rank=0), 4, 256), ("70M", dict(activation_checkpointing=True), 8, 448), ("70M", dict(lora_rank=0, optimizer="sgd"), 2, 128),
          ("135M", {}, 4, 256), ("135M", dict(adapter="dora"), 2, 256), ("135M", dict(lora_rank=0), 2, 256)]
+UNSEEN = [("wide", {}, 8, 256), ("deep", {}, 4, 320), ("wide", dict(lora_rank=0), 4, 192), ("large head", {}, 4, 256), ("deep", dict(activation_checkpointing=True), 8, 256)]  # nothing was fitted on these
 CHILD = """
 import json, resource, sys
 from pathlib import Path
@@ -60,3 +61,13 @@ def test_the_estimate_holds_the_measured_peak(case, tmp_path):
     print(f"measured {found['peak']/1e6:.0f} MB; low {found['low']/1e6:.0f}, expected {found['expected']/1e6:.0f}, high {found['high']/1e6:.0f}; {shown}")
     assert found["low"] <= found["peak"] <= found["high"], shown
     assert abs(found["peak"] - found["expected"]) < 0.35*found["peak"], shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNSEEN, ids=lambda c: f"{c[0]}-{'-'.join(f'{k}_{v}' for k, v in c[1].items()) or 'lora'}-{c[2]}x{c[3]}")
+def test_the_estimate_holds_for_models_it_was_not_fitted_on(case, tmp_path):
+    found = measure(*case, tmp_path)
+    error = found["expected"]/found["peak"] - 1
+    print(f"{case}: measured {found['peak']/1e6:.0f} MB; low {found['low']/1e6:.0f}, expected {found['expected']/1e6:.0f} ({error:+.0%}), high {found['high']/1e6:.0f}")
+    assert found["low"] <= found["peak"] <= found["high"], found["parts"]
+    assert abs(error) < 0.35

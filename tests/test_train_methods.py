@@ -69,9 +69,16 @@ def tokenizer(tiny):
     return load_tokenizer(tiny)
 
 
+KTO = dict(PREFERENCES, method="kto", batching="random", learning_rate=5e-3, epochs=3.0)
+
+
+@pytest.fixture(scope="module")
+def plain_kto(tiny, tmp_path_factory): return train(train_config(KTO), tiny, thumbs(8), folder=tmp_path_factory.mktemp("kto"))
+
+
 @pytest.mark.parametrize("change", [dict(desirable_weight=3.0), dict(undesirable_weight=3.0), dict(beta=0.5), dict(loss="apo_zero_unpaired"), dict(reference="precomputed")], ids=lambda c: next(iter(c)))
-def test_every_field_of_kto_changes_something(change, tiny, tmp_path):
-    a, b = (train(train_config(dict(PREFERENCES, method="kto", batching="random", learning_rate=5e-3, epochs=3.0) | more), tiny, thumbs(8), folder=tmp_path/n) for n, more in (("a", {}), ("b", change)))
+def test_every_field_of_kto_changes_something(change, tiny, tmp_path, plain_kto):
+    a, b = plain_kto, train(train_config(KTO | change), tiny, thumbs(8), folder=tmp_path)
     if "reference" in change: assert losses(a) == pytest.approx(losses(b), abs=1e-4)  # the same, computed beforehand
     else: assert losses(a) != losses(b)
 
@@ -255,11 +262,17 @@ def taught(tiny, tmp_path_factory):
     return str(done.path)
 
 
+GRPO = dict(method="grpo", lora_rank=8, learning_rate=1e-3, batch_size=4, generations=4, rewards=["overlap"], answer_tokens=16, max_steps=2, precision="fp32", log_steps=1, check_steps=50)
+
+
+@pytest.fixture(scope="module")
+def plain_grpo(taught, tmp_path_factory): return train(train_config(GRPO), taught, chats(4), folder=tmp_path_factory.mktemp("grpo"))
+
+
 @pytest.mark.parametrize("change", [{}, dict(rewards=["overlap", "length", "ended"]), dict(generations=2), dict(temperature=0.5), dict(answer_tokens=6)], ids=lambda c: next(iter(c), "plain"))
-def test_grpo_learns_from_rewards_and_reads_its_fields(change, taught, tmp_path):
+def test_grpo_learns_from_rewards_and_reads_its_fields(change, taught, tmp_path, plain_grpo):
     from aigc.train.trainers import train_grpo
-    base = dict(method="grpo", lora_rank=8, learning_rate=1e-3, batch_size=4, generations=4, rewards=["overlap"], answer_tokens=16, max_steps=2, precision="fp32", log_steps=1, check_steps=50)
-    a, b = (train_grpo(train_config(base | more), taught, chats(4), folder=tmp_path/n) for n, more in (("a", {}), ("b", change)))
+    a, b = plain_grpo, train_grpo(train_config(GRPO | change), taught, chats(4), folder=tmp_path)
     assert len(losses(a, "reward")) >= 2 and all(0 <= r <= 3 for r in losses(b, "reward"))
     assert (a.history == b.history) == (not change)
 
