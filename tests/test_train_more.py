@@ -168,9 +168,8 @@ WILD = dict(method="dpo", learning_rate=0.03, epochs=12.0, batch_size=4, log_ste
 
 
 def test_chosen_answers_that_become_unlikely_stop_the_run(tiny, tmp_path):
-    near = pairs(8, "Return the value of f{} now.", "Return the value of f{} here.")
     with pytest.raises(AigcError, match="the chosen answers have become .* times less likely at each token"):
-        train(train_config(WILD | dict(beta=0.01)), tiny, near, folder=tmp_path)
+        train(train_config(WILD | dict(learning_rate=1.0, epochs=3.0)), tiny, pairs(12), folder=tmp_path)
 
 
 def test_a_gradient_of_nought_stops_the_run(tiny, tmp_path):

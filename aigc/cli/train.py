@@ -167,7 +167,7 @@ def _launched(kind: Launcher | None, processes: int, machines: int, address: str
         if name in ("--launch", "--processes", "--machines", "--address", "--modal"): skip = not equals; continue
         arguments.append(a)
     if on_modal: typer.echo(str(write_modal_cluster(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, gpu=on_modal)))
-    else: typer.echo(str(write_launch(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, address=address, cpu=auto_device() == "cpu" and kind in (Launcher.ddp, Launcher.fsdp2))))
+    else: typer.echo(str(write_launch(kind.value, arguments, Path.cwd(), processes=processes, machines=machines, address=address, cpu=auto_device() == "cpu" and kind is Launcher.ddp)))
     return True
 
 

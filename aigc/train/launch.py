@@ -25,7 +25,7 @@ def accelerate_config(kind: Kind, *, processes: int, machines: int = 1, cpu: boo
     if kind not in KINDS: raise UsageError(f"unknown kind '{kind}'", place="--launch", remedy=f"one of {', '.join(KINDS)}")
     if processes < 1 or processes % machines: raise UsageError(f"{processes} processes cannot be shared by {machines} machines", place="--processes", remedy="give a multiple of the machines")
     if machines > 1 and not address: raise UsageError("several machines need an address to meet at", place="--address", remedy="give the first machine's")
-    if cpu and kind in ("zero2", "zero3"): raise UsageError("DeepSpeed needs GPUs", place="--launch", remedy="take ddp or fsdp2")
+    if cpu and kind != "ddp": raise UsageError(f"{kind} needs GPUs: on CPUs accelerate shares nothing", place="--launch", remedy="take ddp")
     base = dict(compute_environment="LOCAL_MACHINE", debug=False, downcast_bf16="no", enable_cpu_affinity=False, machine_rank=0, main_training_function="main", num_machines=machines,
                 num_processes=processes, rdzv_backend="static", same_network=True, use_cpu=cpu, mixed_precision="no")  # the precision is the training configuration's
     if machines > 1: base |= dict(main_process_ip=address, main_process_port=port)
