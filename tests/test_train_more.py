@@ -167,11 +167,6 @@ def test_half_a_cluster_is_refused(tiny, tmp_path, monkeypatch):
 WILD = dict(method="dpo", learning_rate=0.03, epochs=12.0, batch_size=4, log_steps=1, check_steps=100, warmup=0.0, max_grad_norm=100.0, precision="fp32", lora_rank=8)
 
 
-def test_chosen_answers_that_become_unlikely_stop_the_run(tiny, tmp_path):
-    with pytest.raises(AigcError, match="the chosen answers have become .* times less likely at each token"):
-        train(train_config(WILD | dict(learning_rate=1.0, epochs=3.0)), tiny, pairs(12), folder=tmp_path)
-
-
 def test_a_gradient_of_nought_stops_the_run(tiny, tmp_path):
     with pytest.raises(AigcError, match="the gradient has been exactly zero since step"):
         train(train_config(WILD | dict(loss="hinge", beta=1.0, learning_rate=5e-3)), tiny, pairs(8), folder=tmp_path)
