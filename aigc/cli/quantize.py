@@ -6,7 +6,7 @@
 __all__ = ['Format', 'Method', 'quantize_command']
 
 # %% ../../nbs/cli/50_quantize.ipynb #5052024e
-import json
+import hashlib, json, shutil
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import GateError, UsageError
+from ..core.settings import settings, use_threads
 from ..core.store import Store
 
 # %% ../../nbs/cli/50_quantize.ipynb #1673134f
@@ -55,6 +56,20 @@ def _take_in(model: str, out: str, store: Store, as_json: bool) -> None:
     typer.echo(f"{work.artifact.ref} is saved ({config.bits} bits, groups of {config.group_size}); talk to it: aigc chat {work.artifact.ref.split('@')[0]}")
 
 
+def _open(model: str, store: Store):
+    "`(model, weights)`: an empty model and the tensors on disk, or, where that cannot be, a loaded model and None."
+    from aigc.models.sources import auto_device, load_model, model_path
+    from aigc.quant.methods import open_unloaded
+    use_threads()
+    return open_unloaded(model_path(model, store), auto_device()) or (load_model(model, store=store)[0], None)
+
+
+def _work_folder(path: Path) -> Path:
+    "Where the finished blocks of this model lie until its artifact is saved; another folder when a file of the model changes."
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
+    return Path(settings().cache)/"quantize"/hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:16]
+
+
 def _drift_check(model: str, data: str, max_kl: float, max_length: int, seed: int, store: Store):
     "A check for `save_quantized`: the drift from the source on held-out answers, and a refusal (exit code 3) above `max_kl`."
     def check(quantized):
@@ -89,11 +104,13 @@ def quantize_command(
 ):
     """Make a model smaller and save it as an artifact. It is loaded again and compared bit by bit before it counts.
 
+    The model is read block by block. A run that was killed goes on after its last finished block when the same command is given again.
+
     A checkpoint that is quantized already (AWQ, GPTQ, compressed-tensors, or a GGUF file) is taken in as it is: its integers stay.
 
     Example: aigc quantize smollm2-135m --format w4a16 --data my.jsonl"""
     from aigc.data.records import dataset_ref
-    from aigc.models.sources import load_model, model_ref
+    from aigc.models.sources import load_tokenizer, model_path, model_ref
     from aigc.quant.artifacts import save_quantized
     from aigc.quant.format import FORMATS, QuantConfig
     from aigc.quant.methods import quantize_model
@@ -101,12 +118,13 @@ def quantize_command(
     config = QuantConfig.read(FORMATS[format.value].model_dump() | given)
     store = Store()
     if _is_foreign(model): return _take_in(model, out, store, as_json)
-    loaded, tokenizer = load_model(model, store=store)
+    (loaded, weights), tokenizer, work = _open(model, store), load_tokenizer(model, store), _work_folder(model_path(model, store))
     source, learns = model_ref(model, store), config.method != "rtn"
-    report = quantize_model(loaded, config, _texts(tokenizer, data, limit, max_length, seed, store) if learns else None)
+    report = quantize_model(loaded, config, _texts(tokenizer, data, limit, max_length, seed, store) if learns else None, weights=weights, work=work)
     texts, name = dataset_ref(data, store) if learns else "", out or f"{source.split('@')[0].rstrip('/').split('/')[-1]}-{format.value}"
     parameters = dict(model=model, data=data, limit=limit, max_length=max_length, seed=seed) | config.model_dump(mode="json")
     check = _drift_check(model, data, max_kl, max_length, seed, store) if max_kl else None
-    artifact, _ = save_quantized(store, name, loaded, tokenizer, report, source=source, data=texts, parameters=parameters | (dict(max_kl=max_kl) if max_kl else {}), check=check)
+    try: artifact, _ = save_quantized(store, name, loaded, tokenizer, report, source=source, data=texts, parameters=parameters | (dict(max_kl=max_kl) if max_kl else {}), check=check)
+    finally: shutil.rmtree(work, ignore_errors=True)
     if as_json: return typer.echo(json.dumps({"artifact": artifact.ref, "source": source, "bytes": sum(f.size for f in artifact.files), "metrics": artifact.metrics}, indent=1))
     typer.echo(f"{report}\n{artifact.ref} is saved; talk to it: aigc chat {artifact.ref.split('@')[0]}")

@@ -27,8 +27,8 @@ from aigc_kernels.packing import unpack_int32, unpack_zeros
 # %% ../../nbs/quant/70_importers.ipynb #09b864ee
 class Tensors:
     "The tensors of a checkpoint folder, by name, read when asked for."
-    def __init__(self, folder: Path):
-        self.folder, self._files = folder, {}
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device, self._files = folder, device, {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as f: names = list(f.keys())
@@ -41,7 +41,7 @@ class Tensors:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files: raise AigcError("the tensor is missing", place=name, remedy="is the checkpoint complete?")
-        with safe_open(self._files[name], "pt") as f: return f.get_tensor(name)
+        with safe_open(self._files[name], "pt", device=self.device) as f: return f.get_tensor(name)
 
     def shaped(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         "The tensor, refused unless its shape and dtype are these."

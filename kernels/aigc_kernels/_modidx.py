@@ -6,8 +6,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'aigc_kernels.aot._tool': ('kernels/aot.html#_tool', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.choose_compiled': ('kernels/aot.html#choose_compiled', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.compile_attention': ('kernels/aot.html#compile_attention', 'aigc_kernels/aot.py'),
+                                  'aigc_kernels.aot.compile_dequant': ('kernels/aot.html#compile_dequant', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.compile_for': ('kernels/aot.html#compile_for', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.compile_w4a16': ('kernels/aot.html#compile_w4a16', 'aigc_kernels/aot.py'),
+                                  'aigc_kernels.aot.compile_w8a16': ('kernels/aot.html#compile_w8a16', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.machine_code': ('kernels/aot.html#machine_code', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.main_loop': ('kernels/aot.html#main_loop', 'aigc_kernels/aot.py'),
                                   'aigc_kernels.aot.opcode': ('kernels/aot.html#opcode', 'aigc_kernels/aot.py'),
@@ -85,5 +87,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'aigc_kernels.w4a16.product': ('kernels/w4a16.html#product', 'aigc_kernels/w4a16.py'),
                                     'aigc_kernels.w4a16.steps_per_group': ('kernels/w4a16.html#steps_per_group', 'aigc_kernels/w4a16.py'),
                                     'aigc_kernels.w4a16.w4a16': ('kernels/w4a16.html#w4a16', 'aigc_kernels/w4a16.py')},
-            'aigc_kernels.w8a16': { 'aigc_kernels.w8a16.product8': ('kernels/w8a16.html#product8', 'aigc_kernels/w8a16.py'),
+            'aigc_kernels.w8a16': { 'aigc_kernels.w8a16.inputs_at_once': ('kernels/w8a16.html#inputs_at_once', 'aigc_kernels/w8a16.py'),
+                                    'aigc_kernels.w8a16.product8': ('kernels/w8a16.html#product8', 'aigc_kernels/w8a16.py'),
                                     'aigc_kernels.w8a16.w8a16': ('kernels/w8a16.html#w8a16', 'aigc_kernels/w8a16.py')}}}

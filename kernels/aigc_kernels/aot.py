@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED_LIMIT', 'CANDIDATES', 'ROWS', 'compile_for', 'machine_code', 'main_loop', 'opcode', 'Report', 'report',
-           'compile_w4a16', 'compile_attention', 'choose_compiled', 'shipped']
+           'compile_w4a16', 'compile_w8a16', 'compile_dequant', 'compile_attention', 'choose_compiled', 'shipped']
 
 # %% ../../nbs/kernels/20_aot.ipynb #7886bc3b
 import json, os, re, subprocess, tempfile
@@ -80,13 +80,13 @@ class Report(NamedTuple):
     per_weight: float
     opcodes: dict
 
-    def problems(self) -> list[str]:
-        "Why this kernel would be slow or would not start; empty when all is well."
+    def problems(self, product: bool = True) -> list[str]:
+        "Why this kernel would be slow or would not start; empty when all is well. A `product` should use the tensor cores."
         limit = SHARED_LIMIT.get(self.arch, min(SHARED_LIMIT.values()))
         found = [f"{self.stack} bytes of registers are spilled to memory"] if self.stack else []
         if self.registers > 255: found.append(f"{self.registers} registers, 255 are the limit")
         if self.shared > limit: found.append(f"{self.shared} bytes of shared memory, a block of sm_{self.arch} may have {limit}")
-        if not self.tensor_cores: found.append("the tensor cores are not used")
+        if product and not self.tensor_cores: found.append("the tensor cores are not used")
         return found
 
 
@@ -107,6 +107,22 @@ def compile_w4a16(launch: Launch, group_size: int, dtype: torch.dtype = torch.bf
     fixed = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, GROUP=group_size, SPLIT=launch.split, STAGES=launch.stages, **constants(dtype, columns))
     kernel = compile_for(product, signature, fixed, arch=arch, warps=launch.warps, stages=launch.stages, divisible=("N", "K", "stride_x"))
     return report(kernel, arch=arch, weights_per_thread=128 * launch.block_n / (32 * launch.warps))
+
+def compile_w8a16(launch: Launch, group_size: int = 0, dtype: torch.dtype = torch.bfloat16, *, arch: int = 90, columns: int = 4096) -> Report:
+    "Compile `w8a16.product8` for groups of `group_size` inputs (0: a scale per output) and report on it."
+    from aigc_kernels.w8a16 import inputs_at_once, product8
+    element, block_k = "*fp16" if dtype == torch.float16 else "*bf16", inputs_at_once(group_size)
+    signature = dict(x=element, weight="*i8", scales="*bf16", y="*fp32", **dict.fromkeys(("M", "N", "K", "stride_x"), "i32"))
+    fixed = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=block_k, GROUP=group_size, SPLIT=launch.split, STAGES=launch.stages, EVEN_K=columns % block_k == 0, UPCAST=False)
+    kernel = compile_for(product8, signature, fixed, arch=arch, warps=launch.warps, stages=launch.stages, divisible=("N", "K", "stride_x"))
+    return report(kernel, arch=arch, weights_per_thread=block_k * launch.block_n / (32 * launch.warps))
+
+
+def compile_dequant(group_size: int, dtype: torch.dtype = torch.bfloat16, *, arch: int = 90) -> Report:
+    "Compile `dequant.unpack` and report on it; it has no loop."
+    from aigc_kernels.dequant import unpack
+    signature = dict(weight="*i32", scales="*bf16", y="*fp16" if dtype == torch.float16 else "*bf16", **dict.fromkeys(("N", "K", "groups", "stride_y"), "i32"))
+    return report(compile_for(unpack, signature, dict(BLOCK_N=64, GROUP=group_size), arch=arch, divisible=("N", "K", "stride_y")), arch=arch, weights_per_thread=1)
 
 # %% ../../nbs/kernels/20_aot.ipynb #275b8034
 def compile_attention(head_size: int, group: int = 4, *, kv_heads: int = 2, block_size: int = 16, soft_cap: bool = False, dtype: torch.dtype = torch.bfloat16, arch: int = 90) -> Report:

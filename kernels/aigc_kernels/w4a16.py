@@ -44,30 +44,30 @@ def product(x, sums, weight, scales, y, M, N, K, blocks, groups, stride_x, colum
     tile = tl.program_id(0)
     rows = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok, output_ok = rows < M, outputs < N
+    row, column = tl.minimum(rows, M - 1), tl.minimum(outputs, N - 1)     # what lies beyond is computed twice and never stored: no load needs a mask
     words, inputs = tl.arange(0, 16), tl.arange(0, 32)
     total = tl.full((BLOCK_M, BLOCK_N), 0., tl.float32)
+    nibbles = 0x000F000F + (M >> 31) if BLOCK_M >= 64 else 0x000F000F     # M >> 31 is 0: a constant would be put into a register anew for every word there
     for block in tl.range(part, blocks, SPLIT, num_stages=STAGES):
-        packed = tl.load(weight + (block * N + outputs)[None, :] * 16 + words[:, None], mask=output_ok[None, :], other=0)
+        packed = tl.load(weight + (block * N + column)[None, :] * 16 + words[:, None])
         partial = tl.full((BLOCK_M, BLOCK_N), 0., tl.float32)
         for step in tl.static_range(4):
             k = block * 128 + step * 32 + inputs
-            ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (k[None, :] < K)
-            a = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=ok, other=0.)
-            pair = ((packed >> (4 * step)) & 0x000F000F) | MAGIC      # two 16-bit floats: B + q of k = 2r and of k = 2r + 1
+            at = x + row[:, None] * stride_x + k[None, :]
+            a = tl.load(at) if EVEN_K else tl.load(at, mask=(k < K)[None, :], other=0.)
+            pair = ((packed >> (4 * step)) & nibbles) | MAGIC      # two 16-bit floats: B + q of k = 2r and of k = 2r + 1
             low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
             q = tl.join(low, high).permute(0, 2, 1).reshape(32, BLOCK_N).to(a.dtype, bitcast=True)
             if UPCAST: partial = tl.dot(a.to(tl.float32), q.to(tl.float32), partial)   # the interpreter has no bf16 arithmetic
             else: partial = tl.dot(a, q, partial)
             if (step + 1) % steps_per_group(GROUP) == 0:
                 group = (block * 128 + step * 32) // GROUP
-                scale = tl.load(scales + group * N + outputs, mask=output_ok, other=0.).to(tl.float32)
-                zero = tl.load(scales + (groups + group) * N + outputs, mask=output_ok, other=0.).to(tl.float32)
-                column = (block * 4 + step) // steps_per_group(GROUP)
-                x_sum = tl.load(sums + rows * columns + column, mask=row_ok, other=0.)
+                scale = tl.load(scales + group * N + column).to(tl.float32)
+                zero = tl.load(scales + (groups + group) * N + column).to(tl.float32)
+                x_sum = tl.load(sums + row * columns + (block * 4 + step) // steps_per_group(GROUP))
                 total += (partial - x_sum[:, None] * (zero[None, :] + BIAS)) * scale[None, :]
                 partial = tl.full((BLOCK_M, BLOCK_N), 0., tl.float32)
-    tl.store(y + part * M * N + rows[:, None] * N + outputs[None, :], total, mask=row_ok[:, None] & output_ok[None, :])
+    tl.store(y + part * M * N + rows[:, None] * N + outputs[None, :], total, mask=(rows < M)[:, None] & (outputs < N)[None, :])
 
 # %% ../../nbs/kernels/10_w4a16.ipynb #670dcd0b
 @triton.jit
