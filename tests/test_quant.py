@@ -202,7 +202,7 @@ def test_the_job_checks_that_the_fine_tune_survived(store, tiny):
 def test_the_command_quantizes_a_folder(store, tmp_path):
     from aigc.models.tiny import make_tiny
     make_tiny(tmp_path/"mine", seed=3)
-    run = subprocess.run([sys.executable, "-m", "aigc", "quantize", str(tmp_path/"mine"), "--method", "clip", "--limit", "4", "--json"], env=os.environ | {"AIGC_STORE": str(store.local)}, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "aigc", "quantize", str(tmp_path/"mine"), "--method", "clip", "--limit", "4", "--questions", "0", "--json"], env=os.environ | {"AIGC_STORE": str(store.local)}, capture_output=True, text=True)
     said = json.loads(run.stdout)
     assert said["artifact"].startswith("model/mine-w4a16@") and said["metrics"]["share_of_bf16"] <= 0.32
 

@@ -18,7 +18,7 @@ from ..core.settings import settings, use_threads
 from ..core.store import Store
 
 # %% ../../nbs/cli/50_quantize.ipynb #1673134f
-class Format(str, Enum): w4a16 = "w4a16"; w8a16 = "w8a16"
+class Format(str, Enum): w4a16 = "w4a16"; w8a16 = "w8a16"; fp8 = "fp8"
 class Method(str, Enum): gptq = "gptq"; clip = "clip"; rtn = "rtn"
 
 
@@ -70,8 +70,8 @@ def _work_folder(path: Path) -> Path:
     return Path(settings().cache)/"quantize"/hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:16]
 
 
-def _drift_check(model: str, data: str, max_kl: float, max_length: int, seed: int, store: Store):
-    "A check for `save_quantized`: the drift from the source on held-out answers, and a refusal (exit code 3) above `max_kl`."
+def _drift_check(model: str, data: str, questions: int, max_kl: float, max_length: int, seed: int, store: Store):
+    "A check for `save_quantized`: the drift from the source on held-out answers, and a refusal (exit code 3) above `max_kl` (0: none)."
     def check(quantized):
         import random
         from aigc.data.records import load_split
@@ -80,26 +80,27 @@ def _drift_check(model: str, data: str, max_kl: float, max_length: int, seed: in
         source, tokenizer = load_model(model, store=store)
         records = load_split(data, "test", store)
         random.Random(seed).shuffle(records)
-        rows = [r for r in answer_sequences(tokenizer, records[:64]) if len(r[0]) <= max_length][:32]
+        rows = [r for r in answer_sequences(tokenizer, records[:2*questions]) if len(r[0]) <= max_length][:questions]
         if not rows: raise UsageError(f"no test row has at most {max_length} tokens", place=f"data '{data}'", remedy="set --max-length higher")
         found = drift(quantized, source, rows, seed=seed)
         typer.echo(f"drift from the source, on held-out answers: {found}", err=True)
-        if found.kl.mean > max_kl: raise GateError(f"the mean KL is {found.kl.mean:.4f}, at most {max_kl} is allowed", place=model, remedy="take method gptq, smaller groups or more bits, or raise --max-kl; nothing was saved")
-        return dict(kl_to_source=found.kl.mean, kl_p99=found.kl_p99)
+        if 0 < max_kl < found.kl.mean: raise GateError(f"the mean KL is {found.kl.mean:.4f}, at most {max_kl} is allowed", place=model, remedy="take method gptq, smaller groups or more bits, or raise --max-kl; nothing was saved")
+        return found.metrics()
     return check
 
 
 def quantize_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an alias, a folder, a store reference or a Hub id")],
-    format: Annotated[Format, typer.Option(help="bits of a weight: 4 in groups with integer zeros, or 8 with a scale per output")] = Format.w4a16,
+    format: Annotated[Format, typer.Option(help="bits of a weight: 4 in groups with integer zeros, 8 with a scale per output, or float8 (e4m3; fast on Ada and Hopper only)")] = Format.w4a16,
     data: Annotated[str, typer.Option(help="texts to calibrate with: a dataset, a folder, a jsonl file, or pydocs")] = "pydocs",
-    method: Annotated[Method | None, typer.Option(help="how the integers are chosen; default: gptq for w4a16, rtn for w8a16")] = None,
-    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1: all of an output; default: 32 for w4a16, -1 for w8a16")] = None,
+    method: Annotated[Method | None, typer.Option(help="how the integers are chosen; default: gptq for w4a16, else rtn")] = None,
+    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1: all of an output; default: 32 for w4a16, else -1")] = None,
     limit: Annotated[int, typer.Option(min=0, help="training rows to calibrate with; 0 means all")] = 64,
     max_length: Annotated[int, typer.Option(min=2, help="tokens of a calibration row; a longer one is left out")] = 512,
     out: Annotated[str, typer.Option(help="name of the artifact; default: the model's name and the format")] = "",
     seed: Annotated[int, typer.Option(help="decides which rows")] = 42,
-    max_kl: Annotated[float, typer.Option(min=0, help="refuse to save a model whose mean KL to the source, in nats per answer token, is larger; 0: do not measure")] = 0.0,
+    questions: Annotated[int, typer.Option(min=0, help="held-out answers on which the drift from the source is measured; 0: do not measure")] = 16,
+    max_kl: Annotated[float, typer.Option(min=0, help="refuse to save a model whose mean KL to the source, in nats per answer token, is larger; 0: save any")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ):
     """Make a model smaller and save it as an artifact. It is loaded again and compared bit by bit before it counts.
@@ -116,6 +117,7 @@ def quantize_command(
     from aigc.quant.methods import quantize_model
     given = {n: v for n, v in dict(method=method and method.value, group_size=group_size).items() if v is not None}
     config = QuantConfig.read(FORMATS[format.value].model_dump() | given)
+    if max_kl and not questions: raise UsageError("nothing is measured with no questions", place="--max-kl", remedy="give --questions, 16 for example")
     store = Store()
     if _is_foreign(model): return _take_in(model, out, store, as_json)
     (loaded, weights), tokenizer, work = _open(model, store), load_tokenizer(model, store), _work_folder(model_path(model, store))
@@ -123,7 +125,7 @@ def quantize_command(
     report = quantize_model(loaded, config, _texts(tokenizer, data, limit, max_length, seed, store) if learns else None, weights=weights, work=work)
     texts, name = dataset_ref(data, store) if learns else "", out or f"{source.split('@')[0].rstrip('/').split('/')[-1]}-{format.value}"
     parameters = dict(model=model, data=data, limit=limit, max_length=max_length, seed=seed) | config.model_dump(mode="json")
-    check = _drift_check(model, data, max_kl, max_length, seed, store) if max_kl else None
+    check = _drift_check(model, data, questions, max_kl, max_length, seed, store) if questions else None
     try: artifact, _ = save_quantized(store, name, loaded, tokenizer, report, source=source, data=texts, parameters=parameters | (dict(max_kl=max_kl) if max_kl else {}), check=check)
     finally: shutil.rmtree(work, ignore_errors=True)
     if as_json: return typer.echo(json.dumps({"artifact": artifact.ref, "source": source, "bytes": sum(f.size for f in artifact.files), "metrics": artifact.metrics}, indent=1))

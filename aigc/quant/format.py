@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'QuantConfig', 'check_shape', 'tensor_shapes', 'QuantTenso
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 # %% ../../nbs/quant/00_format.ipynb #d4f7fad0
@@ -27,6 +27,7 @@ class QuantConfig(BaseModel):
     group_size: int = Field(32, description="inputs that share a scale; -1: all inputs of an output")
     symmetric: bool = Field(False, description="no zeros: the middle of the range is zero")
     float_zeros: bool = Field(False, description="zeros are fractions, as GGUF's Q4_1 has them, and lie unpacked in float32")
+    fp8: bool = Field(False, description="numbers are float8 (e4m3) and no integers; 8 bits, symmetric")
     act_order: bool = Field(False, description="inputs belong to groups by an index (`weight_g_idx`), as GPTQ's act-order has it")
     method: Literal["rtn", "clip", "gptq"] = Field("rtn", description="how integers are chosen: nearest, nearest in the best range, or GPTQ")
     ignore: tuple[str, ...] | None = Field(None, description="linear layers that stay, by name or its last parts; None: the output head")
@@ -37,6 +38,11 @@ class QuantConfig(BaseModel):
         if size != -1 and (size < 16 or size % 16): raise ValueError("it should be -1 or a multiple of 16")
         return size
 
+    @model_validator(mode="after")
+    def _is_a_format(self):
+        if self.fp8 and (self.bits != 8 or not self.symmetric): raise ValueError("fp8 goes with 8 bits and symmetric")
+        return self
+
     @classmethod
     def read(cls, values: dict) -> "QuantConfig":
         "The configuration in a checkpoint's `quantization_config`; what this version does not understand raises an `AigcError`."
@@ -46,14 +52,14 @@ class QuantConfig(BaseModel):
         try: return cls.model_validate(values)
         except ValidationError as error:
             first, place = error.errors()[0], "quantization_config"
-            field = str(first["loc"][0])
+            field = str(first["loc"][0]) if first["loc"] else "fp8"
             if first["type"] == "extra_forbidden": raise unknown("field", field, cls.model_fields, place) from None
-            raise UsageError(f"{field} cannot be {first['input']!r}", place=place, remedy=first["msg"].removeprefix("Value error, ")) from None
+            raise UsageError(f"{field} cannot be {first['input'] if first['loc'] else True!r}", place=place, remedy=first["msg"].removeprefix("Value error, ")) from None
 
     def groups(self, columns: int) -> int: return 1 if self.group_size == -1 else columns // self.group_size
 
 # %% ../../nbs/quant/00_format.ipynb #2d94ec1b
-FORMATS = {"w4a16": QuantConfig(method="gptq"), "w8a16": QuantConfig(bits=8, group_size=-1, symmetric=True)}
+FORMATS = {"w4a16": QuantConfig(method="gptq"), "w8a16": QuantConfig(bits=8, group_size=-1, symmetric=True), "fp8": QuantConfig(bits=8, group_size=-1, symmetric=True, fp8=True)}
 
 # %% ../../nbs/quant/00_format.ipynb #9d5ad6d7
 def check_shape(config: QuantConfig, name: str, rows: int, columns: int) -> None:
@@ -68,13 +74,14 @@ def tensor_shapes(config: QuantConfig, rows: int, columns: int) -> dict[str, tup
     "Shape and dtype of every tensor on disk for a weight `[rows, columns]`."
     groups, per_word = config.groups(columns), 32 // config.bits
     shapes = {"weight_packed": ((rows, -(-columns // per_word)), torch.int32), "weight_scale": ((rows, groups), torch.bfloat16), "weight_shape": ((2,), torch.int64)}
+    if config.fp8: shapes["weight_packed"] = ((rows, columns), torch.float8_e4m3fn)
     if not config.symmetric: shapes["weight_zero_point"] = ((rows, groups), torch.float32) if config.float_zeros else ((-(-rows // per_word), groups), torch.int32)
     if config.act_order: shapes["weight_g_idx"] = ((columns,), torch.int32)
     return shapes
 
 # %% ../../nbs/quant/00_format.ipynb #53eeb174
 class QuantTensor(NamedTuple):
-    """A quantized weight, not packed: integers `[N, K]` (uint8), scales `[N, groups]` (bf16), zeros `[N, groups]` (uint8, or float32 fractions) or None.
+    """A quantized weight, not packed: integers `[N, K]` (uint8; or float8 numbers), scales `[N, groups]` (bf16), zeros `[N, groups]` (uint8, or float32 fractions) or None.
 
     g_idx: the group of every input, int32 `[K]`, or None: groups of neighbours."""
     q: Tensor
@@ -94,12 +101,13 @@ class QuantTensor(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         "The weight `[N, K]` that the numbers stand for."
+        if self.q.is_floating_point(): return (self.q.float().view(*self.scales.shape, -1) * self.scales.float()[..., None]).view(self.q.shape).to(dtype)
         weight = dequantize(self.ordered().q, self.scales, self.zeros, bits=self.bits, dtype=dtype)
         return weight if self.g_idx is None else weight[:, torch.argsort(self.order)]
 
     def to_disk(self) -> dict[str, Tensor]:
         "The tensors on disk, by their names."
-        tensors = {"weight_packed": pack_int32(self.q, self.bits), "weight_scale": self.scales.to(torch.bfloat16), "weight_shape": torch.tensor(self.q.shape)}
+        tensors = {"weight_packed": self.q if self.q.is_floating_point() else pack_int32(self.q, self.bits), "weight_scale": self.scales.to(torch.bfloat16), "weight_shape": torch.tensor(self.q.shape)}
         if self.zeros is not None: tensors["weight_zero_point"] = self.zeros.float() if self.zeros.is_floating_point() else pack_zeros(self.zeros, self.bits)
         if self.g_idx is not None: tensors["weight_g_idx"] = self.g_idx.to(torch.int32)
         return tensors
@@ -109,10 +117,11 @@ class QuantTensor(NamedTuple):
         "The inverse of `to_disk`."
         zeros = tensors.get("weight_zero_point")
         if zeros is not None and not zeros.is_floating_point(): zeros = unpack_zeros(zeros, bits, rows)
-        return cls(unpack_int32(tensors["weight_packed"], bits, columns), tensors["weight_scale"], zeros, bits, tensors.get("weight_g_idx"))
+        packed = tensors["weight_packed"]
+        return cls(packed if packed.is_floating_point() else unpack_int32(packed, bits, columns), tensors["weight_scale"], zeros, bits, tensors.get("weight_g_idx"))
 
     def __repr__(self):
         (rows, columns), (_, groups) = self.q.shape, self.scales.shape
         size = sum(t.numel() * t.element_size() for n, t in self.to_disk().items() if n != "weight_shape")
         zeros = "symmetric" if self.zeros is None else "float zeros" if self.zeros.is_floating_point() else "integer zeros"
-        return f"QuantTensor {rows}×{columns}, {self.bits} bits, groups of {columns//groups}, {zeros}: {size/(2*rows*columns):.1%} of bf16"
+        return f"QuantTensor {rows}×{columns}, {'float8' if self.q.is_floating_point() else f'{self.bits} bits'}, groups of {columns//groups}, {zeros}: {size/(2*rows*columns):.1%} of bf16"

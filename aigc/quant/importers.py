@@ -48,7 +48,7 @@ class Tensors:
         t = self[name]
         if tuple(t.shape) != tuple(shape): raise AigcError(f"its shape is {list(t.shape)}, the model asks for {list(shape)}", place=name, remedy="the tensor is cut short, or belongs to another model")
         if dtypes and t.dtype not in dtypes: raise AigcError(f"its dtype is {t.dtype}, not {' or '.join(map(str, dtypes))}", place=name, remedy="is the checkpoint in the format that its configuration says?")
-        if t.is_floating_point() and not torch.isfinite(t).all(): raise AigcError("it holds NaN or infinite numbers", place=name, remedy="the checkpoint is damaged")
+        if t.is_floating_point() and not torch.isfinite(t.float() if t.dtype == torch.float8_e4m3fn else t).all(): raise AigcError("it holds NaN or infinite numbers", place=name, remedy="the checkpoint is damaged")
         return t
 
 # %% ../../nbs/quant/70_importers.ipynb #1765f525
@@ -79,14 +79,17 @@ def read_scheme(quantization: dict) -> Scheme:
 
 def _compressed_tensors(quantization: dict) -> Scheme:
     form, groups = quantization.get("format"), list((quantization.get("config_groups") or {}).values())
-    if form not in ("pack-quantized", "int-quantized"): _unsupported(f"the format '{form}'", "quantization_config.format", "pack-quantized and int-quantized")
+    known = {"pack-quantized": ("int", (4, 8)), "int-quantized": ("int", (8,)), "float-quantized": ("float", (8,))}
+    if form not in known: _unsupported(f"the format '{form}'", "quantization_config.format", ", ".join(known))
     if len(groups) != 1: _unsupported(f"a scheme of {len(groups)} groups", "quantization_config.config_groups", "one")
     w = groups[0].get("weights") or {}
-    if groups[0].get("input_activations"): _unsupported("quantized activations", "quantization_config.config_groups", "weights only")
-    if w.get("type", "int") != "int" or w.get("num_bits") not in ((4, 8) if form == "pack-quantized" else (8,)): _unsupported(f"{w.get('num_bits')} bits of type {w.get('type')}", "quantization_config.config_groups", "int of 4 and 8 bits")
-    if w.get("strategy") not in ("group", "channel"): _unsupported(f"the strategy '{w.get('strategy')}'", "quantization_config.config_groups", "group and channel")
-    config = QuantConfig.read(dict(bits=w["num_bits"], group_size=w.get("group_size") if w["strategy"] == "group" else -1, symmetric=w.get("symmetric", True), act_order=w.get("actorder") in ("group", True)))
-    return Scheme("compressed-tensors" if form == "pack-quantized" else "int8", config)
+    kind, bits = known[form]
+    if groups[0].get("input_activations") and kind == "int": _unsupported("quantized activations", "quantization_config.config_groups", "weights only")
+    if w.get("type", "int") != kind or w.get("num_bits") not in bits: _unsupported(f"{w.get('num_bits')} bits of type {w.get('type')}", "quantization_config.config_groups", f"{kind} of {' and '.join(map(str, bits))} bits with {form}")
+    strategies = ("tensor", "channel") if kind == "float" else ("group", "channel")
+    if w.get("strategy") not in strategies: _unsupported(f"the strategy '{w.get('strategy')}'", "quantization_config.config_groups", " and ".join(strategies))
+    config = QuantConfig.read(dict(bits=w["num_bits"], group_size=w.get("group_size") if w["strategy"] == "group" else -1, symmetric=w.get("symmetric", True), fp8=kind == "float", act_order=w.get("actorder") in ("group", True)))
+    return Scheme({"pack-quantized": "compressed-tensors", "int-quantized": "int8", "float-quantized": "fp8"}[form], config)
 
 # %% ../../nbs/quant/70_importers.ipynb #1f4984f3
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word the value of output 8·w + i lies
@@ -135,8 +138,16 @@ def _int8(t: Tensors, name: str, rows: int, columns: int, s: Scheme) -> QuantTen
     return QuantTensor(q, t.shaped(f"{name}.weight_scale", (rows, s.config.groups(columns)), torch.float16, torch.bfloat16, torch.float32), None, 8)
 
 
+def _fp8(t: Tensors, name: str, rows: int, columns: int, s: Scheme) -> QuantTensor:
+    "Activations that the checkpoint would quantize too (`input_scale`, or per token) stay in 16 bits here, which is the more exact."
+    q = t.shaped(f"{name}.weight", (rows, columns), torch.float8_e4m3fn)
+    found = t[f"{name}.weight_scale"]
+    scales = t.shaped(f"{name}.weight_scale", found.shape if found.numel() == 1 else (rows, 1), torch.float16, torch.bfloat16, torch.float32)
+    return QuantTensor(q, scales.reshape(-1, 1).expand(rows, 1).contiguous(), None, 8)
+
+
 READERS = {"awq": (_awq, ("qweight", "qzeros", "scales")), "gptq": (_gptq, ("qweight", "qzeros", "scales", "g_idx")),
-           "compressed-tensors": (_packed, ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")), "int8": (_int8, ("weight", "weight_scale"))}
+           "compressed-tensors": (_packed, ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")), "int8": (_int8, ("weight", "weight_scale")), "fp8": (_fp8, ("weight", "weight_scale", "input_scale"))}
 
 # %% ../../nbs/quant/70_importers.ipynb #7b62b1fb
 def _empty_model(folder: Path, config: dict) -> nn.Module:

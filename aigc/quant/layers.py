@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         "The weight `[N, K]` in bf16."
-        if self.weight_g_idx is not None or (self.weight_zero_point is not None and self.weight_zero_point.is_floating_point()): return self.quant_tensor().dequantize(torch.bfloat16)
+        if self.weight_packed.is_floating_point() or self.weight_g_idx is not None or (self.weight_zero_point is not None and self.weight_zero_point.is_floating_point()): return self.quant_tensor().dequantize(torch.bfloat16)
         return dequantize_packed(self.weight_packed, self.weight_scale, self.weight_zero_point, bits=self.bits, columns=self.in_features)
 
     def prepare(self) -> None:

@@ -36,6 +36,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class _Caught(Exception): pass
 
 
+def _device(model: nn.Module) -> torch.device: return next(p.device for p in model.parameters() if not p.is_meta)
+
+
 def _first_inputs(model: nn.Module, blocks: nn.ModuleList, sequences: Sequence[Sequence[int]]) -> list[tuple[tuple, dict]]:
     "What the model calls its first block with, for each sequence: `(arguments, named arguments)`."
     found = []
@@ -196,9 +199,6 @@ class Finished:
         if not self.count: return first
         kept = load_file(self._inputs(self.count))
         return [_with_hidden(c, kept[str(j)].to(_hidden(c).device)) for j, c in enumerate(first)]
-
-
-def _device(model: nn.Module) -> torch.device: return next(p.device for p in model.parameters() if not p.is_meta)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], report: dict) -> None:

@@ -63,7 +63,11 @@ def _tensor(q: Tensor, scales: Tensor, zeros: Tensor, config: QuantConfig) -> Qu
 
 
 def round_nearest(weight: Tensor, config: QuantConfig, importance: Tensor | None = None) -> QuantTensor:
-    "Quantize `[N, K]` by rounding to nearest; the best range for each group when `config.method` is not `rtn`."
+    "Quantize `[N, K]` by rounding to nearest; the best range for each group when `config.method` is not `rtn`. Float8 fills its range: a narrower one would gain nothing where every number has its own step."
+    if config.fp8:
+        grouped = _grouped(weight, config)
+        scales = (grouped.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-12).to(torch.bfloat16)
+        return QuantTensor((grouped / scales.float()[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(1), scales, None, 8)
     scales, zeros = find_grids(weight, config, importance, (1.0,) if config.method == "rtn" else _RANGES)
     return _tensor(nearest(_grouped(weight, config), scales[..., None], zeros[..., None], config.bits), scales, zeros, config)
 

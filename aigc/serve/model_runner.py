@@ -163,6 +163,7 @@ def projection(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     kinds = {(type(m).__name__, getattr(m, "bits", 0), getattr(m, "group_size", 0)) for m in layers}
     if len(kinds) > 1 or not hasattr(layers[0], "quant_tensor"): raise TypeError(f"layers of several kinds: {kinds}")
     parts, bits, group = [m.quant_tensor() for m in layers], layers[0].bits, layers[0].group_size
+    if parts[0].q.is_floating_point(): return _dense(torch.cat([m.dequantize() for m in layers]), bias)     # float8 has no CPU kernel
     q, scales = torch.cat([p.q for p in parts]), torch.cat([p.scales for p in parts])
     zeros = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts])
     native = native_w4(q, scales, zeros, group) if bits == 4 else native_w8(q.to(torch.int16) - 128, scales) if scales.shape[1] == 1 and zeros is None else None

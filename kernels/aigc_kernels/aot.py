@@ -108,11 +108,11 @@ def compile_w4a16(launch: Launch, group_size: int, dtype: torch.dtype = torch.bf
     kernel = compile_for(product, signature, fixed, arch=arch, warps=launch.warps, stages=launch.stages, divisible=("N", "K", "stride_x"))
     return report(kernel, arch=arch, weights_per_thread=128 * launch.block_n / (32 * launch.warps))
 
-def compile_w8a16(launch: Launch, group_size: int = 0, dtype: torch.dtype = torch.bfloat16, *, arch: int = 90, columns: int = 4096) -> Report:
-    "Compile `w8a16.product8` for groups of `group_size` inputs (0: a scale per output) and report on it."
+def compile_w8a16(launch: Launch, group_size: int = 0, dtype: torch.dtype = torch.bfloat16, *, arch: int = 90, columns: int = 4096, fp8: bool = False) -> Report:
+    "Compile `w8a16.product8` for groups of `group_size` inputs (0: a scale per output), int8 or float8 weights, and report on it."
     from aigc_kernels.w8a16 import inputs_at_once, product8
     element, block_k = "*fp16" if dtype == torch.float16 else "*bf16", inputs_at_once(group_size)
-    signature = dict(x=element, weight="*i8", scales="*bf16", y="*fp32", **dict.fromkeys(("M", "N", "K", "stride_x"), "i32"))
+    signature = dict(x=element, weight="*fp8e4nv" if fp8 else "*i8", scales="*bf16", y="*fp32", **dict.fromkeys(("M", "N", "K", "stride_x"), "i32"))
     fixed = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=block_k, GROUP=group_size, SPLIT=launch.split, STAGES=launch.stages, EVEN_K=columns % block_k == 0, UPCAST=False)
     kernel = compile_for(product8, signature, fixed, arch=arch, warps=launch.warps, stages=launch.stages, divisible=("N", "K", "stride_x"))
     return report(kernel, arch=arch, weights_per_thread=block_k * launch.block_n / (32 * launch.warps))

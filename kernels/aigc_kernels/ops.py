@@ -144,39 +144,57 @@ def _(x, weight, scales, group_size): return x.new_empty(x.shape[0], weight.shap
 def w8_layout(q: Tensor, scales: Tensor, zeros: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`(weight, scales)` for `w8a16_mm`: int8 `[N, K]` and scales `[groups, N]` in bf16; with zeros, or groups that the device's kernel does not know, the dequantized weight.
 
-    q: integers 0 … 255 `[N, K]`; scales `[N, groups]`; zeros: integers of the same shape, None for 128. A ValueError names what does not fit."""
+    q: integers 0 … 255 `[N, K]`, or float8_e4m3fn, which stay what they are; scales `[N, groups]`; zeros: integers of the same shape, None for 128. A ValueError names what does not fit."""
     (rows, columns), groups = q.shape, scales.shape[-1]
     if scales.dim() != 2 or scales.shape[0] != rows or not groups or columns % groups: _refuse("w8_layout", "scales", f"are {list(scales.shape)}, for {rows} × {columns} weights [{rows}, groups]")
     if zeros is not None and zeros.shape != scales.shape: _refuse("w8_layout", "zeros", f"are {list(zeros.shape)}, the scales {list(scales.shape)}")
-    if _out_of_range(q, 255): _refuse("w8_layout", "q", "should hold integers from 0 to 255")
+    if q.dtype == torch.float8_e4m3fn: return (q.contiguous(), scales.t().contiguous().to(torch.bfloat16))
+    if _out_of_range(q, 255): _refuse("w8_layout", "q", "should hold integers from 0 to 255, or be float8_e4m3fn")
     known = groups == 1 or (_triton_runs_on(q.device) and columns // groups % 32 == 0)
     if zeros is not None or not known: return dequantize(q, scales, zeros, bits=8, dtype=torch.bfloat16), scales.new_empty(0)
     return (q.to(torch.int16) - 128).to(torch.int8), scales.t().contiguous().to(torch.bfloat16)
 
 
+def _is_dense(weight: Tensor) -> bool: return weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
 def _check_w8(x: Tensor, weight: Tensor, scales: Tensor) -> None:
     name = "w8a16_mm"
-    if weight.dim() != 2 or not (weight.dtype == torch.int8 or weight.is_floating_point()): _refuse(name, "weight", f"is {weight.dtype} {list(weight.shape)}: no layout that w8_layout makes")
-    if weight.dtype == torch.int8 and (scales.dim() != 2 or scales.shape[1] != weight.shape[0] or not scales.shape[0] or weight.shape[1] % scales.shape[0] or (scales.shape[0] > 1 and weight.shape[1] // scales.shape[0] % 32)):
+    if weight.dim() != 2 or weight.dtype not in (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32): _refuse(name, "weight", f"is {weight.dtype} {list(weight.shape)}: no layout that w8_layout makes")
+    if not _is_dense(weight) and (scales.dim() != 2 or scales.shape[1] != weight.shape[0] or not scales.shape[0] or weight.shape[1] % scales.shape[0] or (weight.dtype == torch.int8 and scales.shape[0] > 1 and weight.shape[1] // scales.shape[0] % 32)):
         _refuse(name, "scales", f"are {list(scales.shape)}, for this weight [groups, {weight.shape[0]}], groups of all inputs or a multiple of 32")
     _check_rows(name, x, weight, scales, weight.shape[0], (weight.shape[1],) * 2)
 
 
+def _dense8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    "The weight `[N, K]` of the 8-bit layout, int8 or float8."
+    groups, (rows, columns) = scales.shape[0], weight.shape
+    return (weight.float().view(rows, groups, -1) * scales.t().float()[..., None]).view(rows, columns).to(dtype)
+
+
+def _triton_multiplies(weight: Tensor, scales: Tensor) -> bool:
+    "Whether the Triton kernel takes this 8-bit weight: float8 asks for an Ada or Hopper GPU, groups for a multiple of 32."
+    if not _triton_runs_on(weight.device) or (scales.shape[0] > 1 and weight.shape[1] // scales.shape[0] % 32): return False
+    return weight.dtype == torch.int8 or torch.cuda.get_device_capability(weight.device) >= (8, 9)
+
+
 @torch.library.custom_op("aigc::w8a16_mm", mutates_args=(), device_types="cpu")
 def w8a16_mm(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    "x `[M, K]` times the transposed 8-bit weight: `[M, N]` in x's dtype; `weight` and `scales` as `w8_layout` made them. A ValueError names the argument that does not fit."
+    """x `[M, K]` times the transposed 8-bit weight (int8, or float8 e4m3): `[M, N]` in x's dtype; `weight` and `scales` as `w8_layout` made them. A ValueError names the argument that does not fit.
+
+    On a CPU int8 with a scale per output has a kernel of its own; groups and float8 are dequantized for every call: packed in memory, but not fast."""
     _check_w8(x, weight, scales)
-    if weight.is_floating_point(): return _dense(x, weight)
-    if scales.shape[0] == 1: return torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), weight, scales[0]).to(x.dtype)
-    return _dense(x, dequantize(weight.to(torch.int16) + 128, scales.t(), bits=8, dtype=torch.bfloat16))
+    if _is_dense(weight): return _dense(x, weight)
+    if weight.dtype == torch.int8 and scales.shape[0] == 1: return torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), weight, scales[0]).to(x.dtype)
+    return _dense(x, _dense8(weight, scales, torch.bfloat16))
 
 
 @w8a16_mm.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     _check_w8(x, weight, scales)
-    if weight.is_floating_point(): return _dense(x, weight)
+    if _is_dense(weight): return _dense(x, weight)
     rows = x if x.dtype in (torch.float16, torch.bfloat16) else x.to(torch.bfloat16)
-    if x.shape[0] > FUSED_ROWS or not _triton_runs_on(x.device): return _dense(x, dequantize(weight.to(torch.int16) + 128, scales.t(), bits=8, dtype=rows.dtype))
+    if x.shape[0] > FUSED_ROWS or not _triton_multiplies(weight, scales): return _dense(x, _dense8(weight, scales, rows.dtype))
     from aigc_kernels.w8a16 import w8a16
     return w8a16(rows if rows.stride(1) == 1 else rows.contiguous(), weight, scales).to(x.dtype)
 

@@ -19,7 +19,7 @@ from .w4a16 import add_parts
 @triton.jit
 def product8(x, weight, scales, y, M, N, K, stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
              SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr):
-    "y[split, m, n] = the part of Σ_k x[m, k]·w[n, k]·scale that falls to this split; weight: int8 [N, K]; scales: [groups, N], one group when GROUP is 0."
+    "y[split, m, n] = the part of Σ_k x[m, k]·w[n, k]·scale that falls to this split; weight: int8 or float8 [N, K]; scales: [groups, N], one group when GROUP is 0."
     part, tile = tl.program_id(1), tl.program_id(0)
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
     rows = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -45,7 +45,7 @@ def inputs_at_once(group: int) -> int:
 
 
 def w8a16(x: Tensor, weight: Tensor, scales: Tensor, launch: Launch | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x `[M, K]` (fp16 or bf16) times the transposed int8 weight `[N, K]`: `[M, N]` in `out_dtype` (default: x's).
+    """x `[M, K]` (fp16 or bf16) times the transposed weight `[N, K]`, int8 or float8 (e4m3; compute capability 8.9 and later): `[M, N]` in `out_dtype` (default: x's).
 
     scales: `[groups, N]`; groups are all inputs, or a multiple of 32 that divides K. `aigc_kernels.ops.w8a16_mm` checks its arguments first."""
     (M, K), N, groups = x.shape, weight.shape[0], scales.shape[0]

