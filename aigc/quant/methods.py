@@ -136,9 +136,12 @@ def open_unloaded(folder: Path, device: str = "cpu") -> tuple[nn.Module, Mapping
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from aigc.quant.importers import Tensors
     if not list(folder.glob("*.safetensors")) or (folder/"adapter_config.json").is_file(): return None
-    config, tensors = AutoConfig.from_pretrained(folder), Tensors(folder, device)
-    if getattr(config, "quantization_config", None): return None
-    with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or tensors[next(iter(tensors))].dtype)
+    tensors = Tensors(folder, device)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None): return None
+        with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or tensors[next(iter(tensors))].dtype)
+    except (OSError, ValueError): return None                               # whoever loads it whole says what is wrong
     model.tie_weights()
     if (folder/"generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
