@@ -55,18 +55,18 @@ def interpret() -> None:
 
 def properties() -> None:
     "Any shape, group, dtype and kind of zero against float64, before the output is rounded. Runs with TRITON_INTERPRET=1."
-    from hypothesis import HealthCheck, given, settings, strategies as st
+    from hypothesis import HealthCheck, Phase, given, settings, strategies as st
     from aigc_kernels.dequant import dequantize_blocks
     from aigc_kernels.w4a16 import w4a16
     from aigc_kernels.w8a16 import w8a16
     worst = {}
 
     def off(y, x, dense) -> float:
-        "The error over the largest output; where a few outputs cancel, over what a sum of this length comes to when its signs are random."
+        "The error over the largest output; where the outputs are few, over what the largest of many would be: twice what a sum of this length comes to when its signs are random."
         exact = x.double() @ dense.t()
-        return ((y.double() - exact).abs().max() / torch.maximum(exact.abs().max(), (x.double().abs() @ dense.abs().t()).max() / x.shape[1]**0.5)).item()
+        return ((y.double() - exact).abs().max() / torch.maximum(exact.abs().max(), 2 * (x.double().abs() @ dense.abs().t()).max() / x.shape[1]**0.5)).item()
 
-    @settings(max_examples=int(os.environ.get("AIGC_EXAMPLES", 25)), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=int(os.environ.get("AIGC_EXAMPLES", 25)), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
     @given(m=st.integers(1, 70), n=st.integers(1, 150), groups=st.integers(1, 6), group=st.sampled_from([32, 64, 96, 128, 160, 256, -1]), width=st.integers(1, 300),
            dtype=st.sampled_from([torch.float16, torch.bfloat16]), zero=st.sampled_from(["none", "integer", "float"]), scale=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), seed=st.integers(0, 2**16))
     def four_bits(m, n, groups, group, width, dtype, zero, scale, seed):
@@ -83,7 +83,7 @@ def properties() -> None:
         assert error < 5e-5, error
         assert torch.allclose(dequantize_blocks(*layout, k, torch.float32).double(), dense, atol=1e-5, rtol=1e-6)
 
-    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
     @given(m=st.integers(1, 40), n=st.integers(1, 150), k=st.integers(1, 400), group=st.sampled_from([0, 32, 64, 128]), dtype=st.sampled_from([torch.float16, torch.bfloat16]), integers=st.booleans(), seed=st.integers(0, 2**16))
     def eight_bits(m, n, k, group, dtype, integers, seed):
         g = torch.Generator().manual_seed(seed)

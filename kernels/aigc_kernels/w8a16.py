@@ -28,9 +28,9 @@ def product8(x, weight, scales, y, M, N, K, stride_x, BLOCK_M: tl.constexpr, BLO
     total = tl.full((BLOCK_M, BLOCK_N), 0., tl.float32)
     for block in tl.range(part, (K + BLOCK_K - 1) // BLOCK_K, SPLIT, num_stages=STAGES):
         k = block * BLOCK_K + inputs
-        a_at, w_at = x + row[:, None] * stride_x + k[None, :], weight + column[None, :] * K + k[:, None]
-        a = tl.load(a_at) if EVEN_K else tl.load(a_at, mask=(k < K)[None, :], other=0.)
-        w = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k < K)[:, None], other=0)
+        at = x + row[:, None] * stride_x + k[None, :]
+        a = tl.load(at) if EVEN_K else tl.load(at, mask=(k < K)[None, :], other=0.)
+        w = tl.load(weight + column[None, :] * K + (k if EVEN_K else tl.minimum(k, K - 1))[:, None])     # beyond K any finite number will do: it meets a 0
         if UPCAST: partial = tl.dot(a.to(tl.float32), w.to(tl.float32))
         else: partial = tl.dot(a, w.to(a.dtype))
         if GROUP: partial *= tl.load(scales + (block * BLOCK_K // GROUP) * N + column).to(tl.float32)[None, :]
