@@ -14,6 +14,7 @@ import typer
 
 from .store import age_text, print_json
 from ..core.errors import UsageError
+from ..core.store import Store
 
 release_app = typer.Typer(no_args_is_help=True, help="Releases: create, list, promote, rollback, history.")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
