@@ -236,6 +236,7 @@ def test_w8_on_cpu(groups):
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_operators_keep_torchs_contract(rows):
+    import aigc_kernels.attention  # noqa: F401  (registers the operator)
     q, scales, zeros = weight(64, 96, 32)
     x = torch.randn(rows, 96).bfloat16()
     torch.library.opcheck(torch.ops.aigc.w4a16_mm.default, (x, *w4_layout(q, scales, zeros, 32), 32))
@@ -267,7 +268,7 @@ def test_arguments_are_looked_at_before_any_kernel_runs():
     eight, caches = w8_layout(q, scales[:, :1]), [torch.randn(6, 4, 2, 16) for _ in range(2)]
     ask, table, lengths = torch.randn(2, 4, 16), torch.tensor([[0, 2], [5, 1]], dtype=torch.int32), torch.tensor([3, 8], dtype=torch.int32)
     for says, call in (("x has 95", lambda: w4a16_mm(x[:, :95], *layout, 32)), ("x has 3 dim", lambda: w4a16_mm(x[None], *layout, 32)), ("x is torch.int32", lambda: w4a16_mm(x.int(), *layout, 32)), ("group_size", lambda: w4a16_mm(x, *layout, 48)),
-                       ("scales", lambda: w4a16_mm(x, layout[0], layout[1][:1], 31)), ("contiguous", lambda: w4a16_mm(x, layout[0].t().contiguous().t(), layout[1], 32)), ("q should hold", lambda: w4_layout(q + 9, scales, zeros, 32)),
+                       ("scales are", lambda: w4a16_mm(x, layout[0], layout[1][:, :9], 32)), ("contiguous", lambda: w4a16_mm(x, layout[0].t().contiguous().t(), layout[1], 32)), ("q should hold", lambda: w4_layout(q + 9, scales, zeros, 32)),
                        ("scales are", lambda: w4_layout(q, scales[:, :1], zeros[:, :1], 32)), ("scales are", lambda: w8a16_mm(x, eight[0], eight[1][:, :9])), ("weight is", lambda: w8a16_mm(x, eight[0].int(), eight[1])), ("q should hold", lambda: w8_layout(q.int() - 99, scales[:, :1])),
                        ("names a block", lambda: paged_attention(ask, *caches, table + 5, lengths, 0.25)), ("lengths go", lambda: paged_attention(ask, *caches, table, lengths + 1, 0.25)), ("block_table is", lambda: paged_attention(ask, *caches, table.long(), lengths, 0.25)),
                        ("q has 3 heads", lambda: paged_attention(ask[:, :3], *caches, table, lengths, 0.25)), ("window", lambda: paged_attention(ask, *caches, table, lengths, 0.25, -1))):

@@ -63,7 +63,8 @@ def test_every_field_changes_the_checkpoint(tiny):
         return {n: (tuple(t.shape), t.double().sum().item()) for n, t in model.state_dict().items()}
     usual = tensors()
     changed = dict(bits=8, group_size=64, symmetric=True, method="gptq", ignore=("lm_head", "down_proj"))
-    assert set(changed) == set(QuantConfig.model_fields) - {"quant_method", "format_version", "float_zeros", "act_order"}      # those two come from imported checkpoints:
+    assert set(changed) == set(QuantConfig.model_fields) - {"quant_method", "format_version", "fp8", "float_zeros", "act_order"}      # the last two come from imported checkpoints:
+    assert tensors(**dict(FORMATS["fp8"])) != tensors(**dict(FORMATS["w8a16"])) and tensor_shapes(FORMATS["fp8"], 8, 64) != tensor_shapes(FORMATS["w8a16"], 8, 64)
     assert tensor_shapes(QuantConfig(float_zeros=True), 8, 64)["weight_zero_point"] != tensor_shapes(QuantConfig(), 8, 64)["weight_zero_point"]
     assert "weight_g_idx" in tensor_shapes(QuantConfig(act_order=True), 8, 64)
     for field, value in changed.items(): assert tensors(**{field: value}) != usual, field
