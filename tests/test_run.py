@@ -79,7 +79,8 @@ def start(lab: Path, *words) -> subprocess.Popen:
     "`aigc …` in the background, returned when the job has written its mark."
     process = subprocess.Popen([sys.executable, "-m", "aigc", *map(str, words)], env=environment(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs are started with Ctrl-C ignored
-    until(lambda: (lab/"mark").exists(), 60, "the job's mark")
+    try: until(lambda: (lab/"mark").exists(), 300, "the job's mark")
+    except BaseException: process.kill(); raise
     return process
 
 

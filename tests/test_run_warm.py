@@ -80,7 +80,7 @@ def test_a_fork_is_found_by_its_run_and_dies_with_its_parent(lab):
     os.environ["MARK"] = str(mark)
     thread = threading.Thread(target=lambda: results.append(run_job(job, store=Store(lab/"store"))))
     thread.start()
-    until(mark.exists, 60, "the job's mark")
+    until(mark.exists, 300, "the job's mark")
     run = only_run(lab)
     assert len(run_processes(run.id)) == 2  # the job and what it forked: /proc shows their run
     _open[0]["all"][-1].process.kill()
@@ -179,7 +179,7 @@ def test_a_library_edited_while_a_job_runs_is_no_answer_later(lab, house):
     job, store, results = make_job(lab, "10_open", "n: int = 1", "from house.door import turn\npathlib.Path(os.environ['MARK']).write_text('')\ntime.sleep(1.5)"), Store(lab/"store"), []
     os.environ["MARK"] = str(lab/"mark")
     thread = threading.Thread(target=lambda: results.append(run_job(job, store=store)))
-    thread.start(); until((lab/"mark").exists, 60, "the job's mark")
+    thread.start(); until((lab/"mark").exists, 300, "the job's mark")
     text = (house/"lock.py").read_text()
     (house/"lock.py").write_text(text + "# edited\n"); thread.join()
     (house/"lock.py").write_text(text)

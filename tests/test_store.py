@@ -201,7 +201,7 @@ def test_the_store_dies_under_a_run(s3, lab, monkeypatch):
     job, store, results = make_job(lab, "10_commit", "n: int = 1", *COMMIT), Store(s3.url), []
     thread = threading.Thread(target=lambda: results.append(run_job(job, store=store)))
     thread.start()
-    until((lab/"mark").exists, 120, "the job's mark")
+    until((lab/"mark").exists, 300, "the job's mark")
     assert [r.status for r in list_runs(Store(s3.url))] == ["running"]
     s3.__exit__(); (lab/"go on").write_text("")
     thread.join(240)
