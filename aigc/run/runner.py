@@ -125,7 +125,8 @@ def _alone(plan: Plan, store: Store, say: Callable[[str], None]) -> Iterator[Pat
         handle.close()  # its last owner removed the file under us
     try: yield work
     finally:
-        if not work.exists(): lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a store that has gone away: the sentence about that is on its way
+            if not work.exists(): lock.unlink(missing_ok=True)
         handle.close()
 
 # %% ../../nbs/run/80_runner.ipynb #b7a60655
