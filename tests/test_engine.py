@@ -195,7 +195,7 @@ def test_the_hand_laid_step_rounds_no_worse_than_transformers():
     "bf16, the real model: distance to fp32 logits over five prompts, of the hand-laid step and of transformers' modules."
     from aigc.models.generate import prompt_ids
     from aigc.models.sources import load_model
-    from aigc.serve.model_runner import plan
+    from aigc.serve.model_runner import Step
     exact, tokenizer = load_model("smollm2-135m")
     rounded = load_model("smollm2-135m")[0].to(torch.bfloat16)
     exact = exact.float()
@@ -207,6 +207,6 @@ def test_the_hand_laid_step_rounds_no_worse_than_transformers():
         theirs = [far(rounded(torch.tensor([ids])).logits[0].float(), r) for ids, r in zip(prompts, references)]
         runner = LLM(rounded, tokenizer, name="bf16", blocks=64).core.runner
         assert runner.hand is not None, runner.hand_reason
-        ours = [far(runner.logits(runner.hidden(plan([(ids, 0, list(range(1, 2 - (-len(ids)//16))))], 16, runner.device))).float(), r) for ids, r in zip(prompts, references)]
+        ours = [far(runner.logits(runner.hidden(Step([(ids, 0, list(range(1, 2 - (-len(ids)//16))))], 16, runner.device))).float(), r) for ids, r in zip(prompts, references)]
     print(f"relative distance to fp32 logits: ours {[round(x, 4) for x in ours]}, transformers {[round(x, 4) for x in theirs]}")
     assert sum(ours) <= 1.05*sum(theirs)

@@ -171,6 +171,7 @@ def load_adapters(core: EngineCore, adapters: Mapping[str, str], *, base: str | 
             adapter_config(folder)
             _check_base(str(path), base, store)
             core.adapters[name] = read_adapter(folder, name, core.runner.model)
+            core.runner.native = None  # the call into C knows no adapters, and a request without one must not feel whether it has neighbours with one
             plain = plain or _scores(core, "")
             if max(abs(a - b) for a, b in zip(plain, _scores(core, name))) == 0: raise AigcError("the adapter changes nothing", place=str(path), remedy="was it trained? its B matrices may be zero")
     except BaseException: core.adapters = before; raise

@@ -88,8 +88,7 @@ class Worker:
             self.send(op="broken", error=_error(e))
             return
         runner = core.runner
-        from aigc.serve.native import library
-        self.send(op="ready", about=dict(way="by hand" if runner.hand else f"by transformers' modules ({runner.hand_reason})", head=runner.head_kind, products=library()[1] or 'native', dtype=str(runner.dtype).split(".")[-1], device=str(runner.device),
+        self.send(op="ready", about=dict(way=runner.way, head=runner.head_kind, dtype=str(runner.dtype).split(".")[-1], device=str(runner.device),
                                          context=core.context, blocks=core.pool.blocks - 1, block_bytes=runner.block_bytes, adapters=list(core.adapters)))
         threading.Thread(target=self.read, daemon=True).start()
         try:
