@@ -121,6 +121,30 @@ def test_tokens_go_there_and_back(url, local):
     assert httpx.post(f"{url}/v1/embeddings", json={"model": "scripted", "input": "x"}).json()["error"]["code"] == "unsupported_route"
 
 
+def test_embeddings_through_the_openai_client(url, client, local):
+    import torch
+    answer = client.embeddings.create(model="tiny", input=["Hello.", "你好 🙂", "Hello."])
+    ids = local.tokenizer("你好 🙂")["input_ids"]
+    with torch.no_grad(): mean = local.model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+    vectors = torch.tensor([d.embedding for d in answer.data])
+    assert [d.index for d in answer.data] == [0, 1, 2] and torch.equal(vectors[0], vectors[2]) and torch.allclose(vectors[1], mean/mean.norm(), atol=1e-4)
+    assert answer.usage.prompt_tokens == len(ids) + 2*len(local.tokenizer("Hello.")["input_ids"])
+    assert torch.allclose(torch.tensor(client.embeddings.create(model="tiny", input=ids).data[0].embedding), vectors[1], atol=1e-5)
+    with pytest.raises(openai.BadRequestError) as e: client.embeddings.create(model="tiny", input=[[5]*600])
+    assert "600 tokens" in str(e.value)
+
+
+def test_structured_answers_are_parsed(client):
+    from typing import Literal
+
+    from pydantic import BaseModel
+    class City(BaseModel):
+        name: Literal["Bern", "Basel"]
+        large: bool
+    answer = client.chat.completions.parse(model="tiny", messages=HI, response_format=City, max_tokens=100, temperature=0)
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
 def test_tool_calls_whole_and_streamed(url, client, scripted):
     answer = client.chat.completions.create(model="scripted", messages=HI, tools=[WEATHER])
     message = answer.choices[0].message

@@ -234,6 +234,7 @@ def bench_serve_command(
     """Time to first token, time per token and throughput of our server and its peers, on the same weights.
 
     Example: aigc bench serve --clients 1,8 --peers llama.cpp"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped, too
     counts, rates, slo = [int(c) for c in clients.split(",") if c], [float(r) for r in rate.split(",") if r], read_slo(goodput)
     results: list[dict] = []
     def show(rows):

@@ -30,6 +30,8 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
                   adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="a LoRA adapter (folder or store reference) of the model, served as the model NAME; may be given again")] = None,
                   engine: Annotated[str, typer.Option(help="paged (our own) or transformers")] = "paged",
                   batch: Annotated[int, typer.Option(min=1, help="requests computed together")] = 8,
+                  kv: Annotated[str, typer.Option(help="how keys and values are kept: auto (as the model's numbers), int8 or fp8 (half the memory of bf16)")] = "auto",
+                  lookup: Annotated[int, typer.Option(min=0, max=16, help="guess up to so many tokens from the prompt in each step (prompt lookup); answers stay the same")] = 0,
                   queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are refused with 429")] = 64,
                   grace: Annotated[int, typer.Option(min=0, help="seconds that running answers get when the server is told to stop")] = 10,
                   with_stdin: Annotated[bool, typer.Option("--with-stdin", help="stop when the standard input ends (for programs that start a server)")] = False):
@@ -50,7 +52,11 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
     taken, keys = bind(host, port), configured_keys()
     require_keys(keys, taken)
     if upstream: engines = _upstream_engines(upstream, models or [""], names)
-    else: engines = _own_engines(models or [settings().model], names, engine, batch, queue, adapters)
+    else:
+        if kv not in ("auto", "int8", "fp8"): raise UsageError(f"keys and values cannot be kept as '{kv}'", place="--kv", remedy="take auto, int8 or fp8")
+        more = {k: v for k, v in dict(adapters=adapters, kv=kv if kv != "auto" else None, speculate=lookup).items() if v}
+        if more and engine != "paged": raise UsageError("--kv and --lookup belong to the paged engine", place="--engine")
+        engines = _own_engines(models or [settings().model], names, engine, batch, queue, more)
     try: endpoint = Endpoint(engines[0] if len(engines) == 1 else engines, taken, keys=keys, grace=grace)
     except Exception:
         for e in engines: e.stop()
@@ -59,7 +65,7 @@ def serve_command(models: Annotated[list[str] | None, typer.Argument(help="one m
     endpoint.run()
 
 # %% ../../nbs/cli/70_serve.ipynb #39167d58
-def _own_engines(models: list[str], names: list[str], kind: str, batch: int, queue: int, adapters: dict[str, str]) -> list:
+def _own_engines(models: list[str], names: list[str], kind: str, batch: int, queue: int, more: dict) -> list:
     from aigc.core.errors import UsageError
     from aigc.models.sources import ALIASES, model_path
     from aigc.serve.engine import model_engine, public_name
@@ -72,7 +78,7 @@ def _own_engines(models: list[str], names: list[str], kind: str, batch: int, que
         if _here(m): promised += require_fit(m, already=promised)
     engines = []
     try:
-        for m, n in zip(models, names): engines.append(model_engine(m, name=n, max_batch=batch, max_waiting=queue, engine=kind, **(dict(adapters=adapters) if adapters else {})))
+        for m, n in zip(models, names): engines.append(model_engine(m, name=n, max_batch=batch, max_waiting=queue, engine=kind, **more))
     except Exception:
         for e in engines: e.stop()
         raise

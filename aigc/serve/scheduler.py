@@ -28,6 +28,7 @@ class Sequence:
     preempted: int = 0
     matcher: object = None                            # follows the request's guide
     adapter: int = 0                                  # 0: none
+    pooled: object = None                             # the sum of its hidden states, where their mean is wanted and no answer
 
     def __post_init__(self): self.tokens = self.tokens or list(self.row.prompt)
 
@@ -90,7 +91,7 @@ class Scheduler:
     def _admit(self, s: Sequence) -> bool:
         size = self.pool.block_size
         s.keys = block_keys(s.tokens, size, s.salt, s.keys)
-        reuse = s.keys[:(len(s.tokens) - 1)//size] if s.row.request.prompt_logprobs is None else []  # one token at least is computed: its logits are wanted
+        reuse = s.keys[:(len(s.tokens) - 1)//size] if s.row.request.prompt_logprobs is None and s.pooled is None else []  # one token at least is computed: its logits are wanted
         shared = self.pool.find(reuse)
         need = self.pool.needed(len(s.tokens)) - len(shared)
         if need + len(self.running) > self.pool.free:

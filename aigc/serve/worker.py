@@ -6,8 +6,8 @@
 __all__ = ['log', 'Worker', 'main', 'ProcessEngine', 'process_engine']
 
 # %% ../../nbs/serve/25_worker.ipynb #52e1f615
-import asyncio, json, logging, os, queue, socket, subprocess, sys, threading, time
-from collections.abc import AsyncIterator
+import asyncio, json, logging, os, queue, socket, subprocess, sys, threading, time, uuid
+from collections.abc import AsyncIterator, Sequence
 
 from ..core.errors import AigcError, UsageError
 from ..models.generate import Busy, Chunk, EngineStatus, Request, TooLong
@@ -63,7 +63,7 @@ class Worker:
         for line in self.reader:
             message = json.loads(line)
             if message["op"] == "abort": self.inbox.put(("abort", message["id"])); continue
-            try: self.inbox.put(("add", self.core.prepare(message["id"], Request.model_validate(message["request"]))))
+            try: self.inbox.put(("add", self.core.prepare(message["id"], Request.model_validate(message["request"]), message["op"] == "embed")))
             except Exception as e: self.inbox.put(("error", message["id"], e if isinstance(e, AigcError) else UsageError(str(e).splitlines()[0][:300], place="request")))
         self.inbox.put(None)
 
@@ -108,6 +108,7 @@ class Worker:
         pieces = [[k, c.model_dump(exclude_defaults=True)] for k, c in moved if isinstance(c, Chunk)]
         for k, e in moved:
             if isinstance(e, AigcError): self.send(op="error", id=k, error=_error(e))
+            elif not isinstance(e, Chunk): self.send(op="embedding", id=k, vector=e.vector, tokens=e.tokens)
         self.send(op="pieces", pieces=pieces, gauges=self.gauges())
 
 
@@ -176,6 +177,11 @@ from fastcore.basics import patch
 @patch
 def submit(self: ProcessEngine, request: Request, request_id: str) -> AsyncIterator[Chunk]:
     "Accept a request, to be called in a running event loop; its pieces come from the iterator. Leaving the iterator gives the request up."
+    return self._pieces(self._enter("submit", request, request_id))
+
+
+@patch
+def _enter(self: ProcessEngine, op: str, request: Request, request_id: str) -> Job:
     job = Job(request_id, request, asyncio.get_running_loop())
     with self._changed:
         waiting = len(self._jobs) - self.max_batch
@@ -184,8 +190,26 @@ def submit(self: ProcessEngine, request: Request, request_id: str) -> AsyncItera
         if self._stopping or self.error: raise AigcError("the engine is stopped", place=self.name)
         if not self._jobs: self._moved = time.monotonic()
         self._jobs[request_id] = job
-        self._outbox.put(dict(op="submit", id=request_id, request=request.model_dump(mode="json", exclude_defaults=True)))
-    return self._pieces(job)
+        self._outbox.put(dict(op=op, id=request_id, request=request.model_dump(mode="json", exclude_defaults=True)))
+    return job
+
+
+@patch
+async def embed(self: ProcessEngine, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], int]:
+    "Vectors of length 1 (the mean of the hidden states) of texts or token ids, and the tokens of all. Raises as `submit` does."
+    room, name = asyncio.Semaphore(self.max_batch), uuid.uuid4().hex
+    async def one(i, given):
+        async with room:
+            job = self._enter("embed", Request(prompt=given, max_tokens=1), f"embd-{name}-{i}")
+            try: found = await job.queue.get()
+            finally: self.abort(job.id)
+            if isinstance(found, Exception): raise found
+            return found
+    tasks = [asyncio.ensure_future(one(i, given)) for i, given in enumerate(inputs)]
+    try: found = await asyncio.gather(*tasks)
+    finally:
+        for t in tasks: t.cancel()
+    return [f["vector"] for f in found], sum(f["tokens"] for f in found)
 
 
 @patch
@@ -252,6 +276,9 @@ def _receive(self: ProcessEngine, message: dict) -> None:
                 with self._changed: self._jobs.pop(key, None)
                 self._pace += 0.2*(time.monotonic() - job.since - self._pace)
             job.put(chunk)
+    elif op == "embedding":
+        with self._changed: job = self._jobs.pop(message["id"], None)
+        if job: job.put(message)
     elif op == "error":
         with self._changed: job = self._jobs.pop(message["id"], None)
         if job: job.put(_as_error(message["error"]))
