@@ -125,9 +125,9 @@ def test_embeddings_through_the_openai_client(url, client, local):
     import torch
     answer = client.embeddings.create(model="tiny", input=["Hello.", "你好 🙂", "Hello."])
     ids = local.tokenizer("你好 🙂")["input_ids"]
-    with torch.no_grad(): mean = local.model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+    with torch.no_grad(): mean = local.model.model(torch.tensor([ids])).last_hidden_state[0].float().mean(0)
     vectors = torch.tensor([d.embedding for d in answer.data])
-    assert [d.index for d in answer.data] == [0, 1, 2] and torch.equal(vectors[0], vectors[2]) and torch.allclose(vectors[1], mean/mean.norm(), atol=1e-4)
+    assert [d.index for d in answer.data] == [0, 1, 2] and torch.equal(vectors[0], vectors[2]) and float(vectors[1] @ (mean/mean.norm())) > 0.999  # bf16
     assert answer.usage.prompt_tokens == len(ids) + 2*len(local.tokenizer("Hello.")["input_ids"])
     assert torch.allclose(torch.tensor(client.embeddings.create(model="tiny", input=ids).data[0].embedding), vectors[1], atol=1e-5)
     with pytest.raises(openai.BadRequestError) as e: client.embeddings.create(model="tiny", input=[[5]*600])
