@@ -10,7 +10,7 @@ __all__ = ['EN', 'ZH', 'JA', 'CODE', 'OTHER', 'POEM', 'PROFILES', 'Profile', 'pr
 import functools, json, re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -131,7 +131,7 @@ def _check_units(text: str, p: Profile):
 @functools.cache
 def _common_pairs() -> frozenset[str]:
     "The 5,000 pairs of neighbouring characters that are commonest inside Chinese words."
-    pairs = json.loads(Path(__file__).with_name("zh_pairs.json").read_text(encoding="utf-8"))["pairs"]
+    pairs = json.loads(files("aigc.data").joinpath("zh_pairs.json").read_text(encoding="utf-8"))["pairs"]
     return frozenset(pairs[i:i+2] for i in range(0, len(pairs), 2))
 
 
