@@ -394,6 +394,7 @@ def test_odd_bodies_never_break_it(shared):
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_gateway_and_engine_under_two_hundred_streaming_clients(tmp_path):
     "The whole way: HTTP, gateway, application, engine with the test model; every answer is the one that the model gives alone."
     from aigc.core.store import Store

@@ -121,6 +121,7 @@ def test_a_trial_that_fails_is_never_the_best(lab):
     assert sweep.best.values == {"rate": 0.3} and [r.status for r in sweep.rows] == ["failed", "succeeded"]
 
 
+@pytest.mark.slow
 def test_optuna_finds_the_place_and_stops_the_weak(lab):
     job, store = make_job(lab, "10_fit", *FIT), Store(lab/"store")
     found = run_sweep(job, ["rate=0.0..1.0"], metric="loss", sampler="tpe", trials=25, seed=3, store=store, slots=2)
