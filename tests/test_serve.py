@@ -116,8 +116,9 @@ def test_user_text_makes_no_special_tokens(served, folder):
 
 
 def test_a_full_queue_says_when_to_come_back(served):
-    body = {"model": "tiny-model", "messages": HI, "max_tokens": 300, "temperature": 1, "seed": 1}
-    with ThreadPoolExecutor(24) as pool: answers = list(pool.map(lambda _: httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=120), range(24)))
+    body = {"model": "tiny-model", "messages": HI, "max_tokens": 450, "ignore_eos": True, "temperature": 1, "seed": 1}
+    with ThreadPoolExecutor(24) as pool, httpx.Client(timeout=120, limits=httpx.Limits(max_connections=None)) as client:  # one client: to make one takes longer than an answer
+        answers = list(pool.map(lambda _: client.post(f"{served.url}/v1/chat/completions", json=body), range(24)))
     refused = [r for r in answers if r.status_code == 429]
     assert refused and len(refused) + sum(r.status_code == 200 for r in answers) == 24
     assert all(int(r.headers["retry-after"]) >= 1 and r.json()["error"]["code"] == "queue_full" for r in refused)
