@@ -112,7 +112,11 @@ def step(self: EngineCore) -> list[tuple[object, Chunk | Embedding | AigcError]]
         at += t.count
     self.steps += 1
     logits = self.runner.logits(hidden if len(rows) == at else hidden[rows]) if rows else None
-    return [moved for t, (a, b) in zip(turns, spans) if (moved := self._after(t, logits[a:b] if b > a else None)) is not None]
+    sound, likeliest = [], []
+    if rows:
+        values, best = logits.max(-1)
+        sound, likeliest = values.isfinite().tolist(), best.tolist()
+    return [moved for t, (a, b) in zip(turns, spans) if (moved := self._after(t, logits[a:b] if b > a else None, all(sound[a:b]), likeliest[a:b])) is not None]
 
 
 @patch
@@ -129,14 +133,11 @@ def _delta(self: EngineCore, turns: list[Turn]): return None  # aigc.serve.lora 
 
 
 @patch
-def _after(self: EngineCore, t: Turn, logits: Tensor | None) -> tuple[object, Chunk | AigcError] | None:
-    "What a turn means for its sequence; logits `[wanted, vocabulary]`."
+def _after(self: EngineCore, t: Turn, logits: Tensor | None, sound: bool, likeliest: list[int]) -> tuple[object, Chunk | AigcError] | None:
+    "What a turn means for its sequence; logits `[wanted, vocabulary]`, whether they are numbers, the likeliest token of each row."
     s = t.sequence
     key = s.row.key
-    if logits is not None:
-        values, likeliest = logits.max(-1)
-        if not bool(torch.isfinite(values).all()): return key, self._poisoned(s)
-        likeliest = likeliest.tolist()
+    if not sound: return key, self._poisoned(s)
     if s.scores is not None and logits is not None and len(s.scores) < len(s.row.prompt): self._score_prompt(s, t, logits)
     if t.start + t.count < len(s.tokens):
         self.scheduler.computed(s, t.count)

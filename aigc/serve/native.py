@@ -55,70 +55,77 @@ INLINE float sum(__m256 v) {
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32;
 typedef float vf __attribute__((vector_size(4 * V))); typedef float uvf __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef int32_t vs __attribute__((vector_size(4 * V))); typedef u32 vi __attribute__((vector_size(4 * V))); typedef u32 uvi __attribute__((vector_size(4 * V), aligned(4), may_alias));
-typedef int16_t vh __attribute__((vector_size(2 * V))); typedef int16_t uh __attribute__((vector_size(2 * V), aligned(2), may_alias));
+typedef int16_t vh __attribute__((vector_size(2 * V)));
 INLINE vf halves(const u16 *p) { return (vf)((vi)HALVES(p) << 16); }  /* bf16 to fp32 */
 INLINE vf single(const float *p) { return *(const uvf *)p; }
 INLINE vf all(float f) { return f - (vf){0}; }
-INLINE vi pair(const int16_t *p) { u32 b; memcpy(&b, p, 4); return b - (vi){0}; }
 INLINE float up(u16 h) { u32 b = (u32)h << 16; float f; memcpy(&f, &b, 4); return f; }
 INLINE u16 down(float f) { u32 b; memcpy(&b, &f, 4); return (b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16; }
 
-/* A weight [n, k] in tiles of V outputs. bits 32, 16 (bf16): one input after the other. 8 (a scale for each output), 4 (scale and zero for each group of inputs):
+/* A weight [n, k] in units of four tiles of V outputs, the tiles of a unit side by side for every input (or few of them). bits 32, 16 (bf16): one input after the other. 8 (a scale for each output), 4 (scale and zero for each group of inputs):
    pairs of inputs, to be multiplied by x as 16-bit integers with a scale for every `part` inputs; what is summed in 32 bits cannot overflow. */
 typedef struct { const void *w, *s, *z; const float *bias; long n, k, group, part, bits, wide; } Weight;
-typedef struct { const float *x; int16_t *q; float *scale, *sum; } Rows;
+typedef struct { const float *x; u32 *q; float *scale, *sum; } Rows;  /* q: pairs of inputs, those of (at most) eight rows side by side */
 
 static Rows prepare(const Weight *W, const float *x, long M, float *room) {  /* room: M * k floats */
-  long K = W->k, P = W->part; Rows X = {x, (int16_t *)room, room + M * K / 2, 0};
+  long K = W->k, P = W->part; Rows X = {x, (u32 *)room, room + M * K / 2, 0};
   if (W->bits > 8) return X;
   X.sum = X.scale + M * (K / P);
   for (long i = 0; i < M * (K / P); i++) {
+    long row = i / (K / P), first = row / 8 * 8, R = M - first < 8 ? M - first : 8; u32 *q = X.q + (first * K + i % (K / P) * P * R) / 2 + row - first;
     const float *v = x + i * P; vf most = all(1e-30f), poison = {0}; vs total = {0};
     for (long k = 0; k < P; k += V) { vf a = (vf)((vi)single(v + k) & 0x7fffffffu); vi more = (vi)(a > most); most = (vf)((vi)a & more | (vi)most & ~more); poison += a * 0; }
     float top = 0;
     for (int k = 0; k < V; k++) top = most[k] > top ? most[k] : top;
     for (long k = 0; k < P; k += V) { vs n = (vs)(single(v + k) * (32767 / top) + 12582912.0f) - 0x4b400000;  /* to the nearest whole number, by adding 1.5 * 2^23 */
-      total += n; *(uh *)(X.q + i * P + k) = __builtin_convertvector(n, vh); }
+      total += n; vh two = __builtin_convertvector(n, vh); u32 pairs[V / 2]; memcpy(pairs, &two, sizeof pairs);
+      for (int j = 0; j < V / 2; j++) q[(k / 2 + j) * R] = pairs[j]; }
     X.scale[i] = top / 32767 + sum(poison); X.sum[i] = sum(__builtin_convertvector(total, vf));
   }
   return X;
 }
 
-/* R rows from m on times C tiles from `tile` on, into out [R, UNIT] from column `at` on. The order of the sum over k is the same for every R and C. */
+/* R rows from m on times C tiles of a unit, from `tile` on, into out [R, UNIT]. The order of the sum over k is the same for every R and C. R * C is at most 8. */
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
-INLINE void rows(const int R, const int C, const int bits, const Weight *W, Rows X, long m, long tile, float *out, int at) {
-  long K = W->k; vf acc[R * C];
+#define AHEAD(p, bytes) if (!tile) for (int b = 0; b < (bytes); b += 64) __builtin_prefetch((const char *)(p) + 1536 + b)  /* the weights are one long stream: ask for them in time */
+INLINE void rows(const int R, const int C, const int bits, const Weight *W, Rows X, long m, long unit, int tile, float *out) {
+  long K = W->k; const u32 *q = X.q + m * K / 2; vf acc[8];
   EACH(i, R * C) acc[i] = (vf){0};
-  if (bits > 8) for (long k = 0; k < K; k++)
-    EACH(c, C) { long i = (tile + c) * K * V + k * V;
-      vf v = bits == 16 ? halves((const u16 *)W->w + i) : single((const float *)W->w + i);
-      EACH(r, R) acc[c * R + r] += v * X.x[(m + r) * K + k]; }
-  else for (long p = 0; p < K / W->part; p++) {
-    vi dot[R * C]; long from = p * W->part;
+  if (bits > 8) {
+    const char *at = (const char *)W->w + (unit * K * 4 + tile) * V * (bits / 8); const float *x = X.x + m * K;
+    for (long k = 0; k < K; k++, at += UNIT * bits / 8) {
+      AHEAD(at, UNIT * bits / 8);
+      EACH(c, C) { vf v = bits == 16 ? halves((const u16 *)at + c * V) : single((const float *)at + c * V);
+        EACH(r, R) acc[c * R + r] += v * x[r * K + k]; } }
+  } else for (long p = 0; p < K / W->part; p++) {
+    vi dot[8]; long from = p * W->part;
     EACH(i, R * C) dot[i] = (vi){0};
     if (bits == 4) for (long k = from; k < from + W->part; k += 8) {
-      vi w[C];
-      EACH(c, C) w[c] = *(const uvi *)((const u32 *)W->w + ((tile + c) * (K / 8) + k / 8) * V);
-      EACH(j, 4) EACH(c, C) { vi two = (w[c] >> 4 * j) & 0x000f000fu; EACH(r, R) dot[c * R + r] = DOT(dot[c * R + r], two, pair(X.q + (m + r) * K + k + 2 * j)); }
-    } else for (long k = from; k < from + W->part; k += 2)
-      EACH(c, C) { vi two = TWOS((const int8_t *)W->w + ((tile + c) * K + k) * V); EACH(r, R) dot[c * R + r] = DOT(dot[c * R + r], two, pair(X.q + (m + r) * K + k)); }
+      const u32 *at = (const u32 *)W->w + ((unit * (K / 8) + k / 8) * 4 + tile) * V; vi w[4];
+      AHEAD(at, UNIT * 4);
+      EACH(c, C) w[c] = *(const uvi *)(at + c * V);
+      EACH(j, 4) EACH(c, C) { vi two = (w[c] >> 4 * j) & 0x000f000fu; EACH(r, R) dot[c * R + r] = DOT(dot[c * R + r], two, q[(k / 2 + j) * R + r] - (vi){0}); }
+    } else for (long k = from; k < from + W->part; k += 2) {
+      const int8_t *at = (const int8_t *)W->w + ((unit * (K / 2) + k / 2) * 4 + tile) * 2 * V;
+      AHEAD(at, UNIT * 2);
+      EACH(c, C) { vi two = TWOS(at + c * 2 * V); EACH(r, R) dot[c * R + r] = DOT(dot[c * R + r], two, q[k / 2 * R + r] - (vi){0}); } }
     EACH(c, C) {
-      vf s, z; long i = ((tile + c) * (K / W->group) + from / W->group) * V;
+      vf s, z; long i = ((unit * (K / W->group) + from / W->group) * 4 + tile + c) * V;
       if (bits == 4) { s = W->wide ? single((const float *)W->s + i) : halves((const u16 *)W->s + i); z = W->wide ? single((const float *)W->z + i) : halves((const u16 *)W->z + i); }
       EACH(r, R) { long j = (m + r) * (K / W->part) + p; vf d = __builtin_convertvector((vs)dot[c * R + r], vf);
         acc[c * R + r] += bits == 4 ? (d - z * X.sum[j]) * (s * X.scale[j]) : d * X.scale[j]; }
     }
   }
-  EACH(c, C) EACH(r, R) *(uvf *)(out + r * UNIT + at + c * V) = bits == 8 ? acc[c * R + r] * single((const float *)W->s + (tile + c) * V) : acc[c * R + r];
+  EACH(c, C) EACH(r, R) *(uvf *)(out + r * UNIT + (tile + c) * V) = bits == 8 ? acc[c * R + r] * single((const float *)W->s + unit * UNIT + (tile + c) * V) : acc[c * R + r];
 }
-#define OF(R, C) for (int c = 0; c < 4; c += C) rows(R, C, bits, W, X, m, tile + c, out, c * V)
-INLINE void few(const int bits, long R, const Weight *W, Rows X, long m, long tile, float *out) {
+#define OF(R, C) EACH(c, 4 / C) rows(R, C, bits, W, X, m, unit, c * C, out)
+INLINE void few(const int bits, long R, const Weight *W, Rows X, long m, long unit, float *out) {
   switch (R) { case 1: OF(1, 4); break; case 2: OF(2, 4); break; case 3: OF(3, 2); break; case 4: OF(4, 2); break;
                case 5: OF(5, 1); break; case 6: OF(6, 1); break; case 7: OF(7, 1); break; default: OF(8, 1); }
 }
 static void block(long R, const Weight *W, Rows X, long m, long unit, float *out) {  /* at most 8 rows, one unit of outputs: out [R, UNIT] */
-  switch (W->bits) { case 4: few(4, R, W, X, m, unit * 4, out); break; case 8: few(8, R, W, X, m, unit * 4, out); break;
-                     case 16: few(16, R, W, X, m, unit * 4, out); break; default: few(32, R, W, X, m, unit * 4, out); }
+  switch (W->bits) { case 4: few(4, R, W, X, m, unit, out); break; case 8: few(8, R, W, X, m, unit, out); break;
+                     case 16: few(16, R, W, X, m, unit, out); break; default: few(32, R, W, X, m, unit, out); }
   if (W->bias) for (long r = 0; r < R; r++) for (long n = 0; n < UNIT; n++) out[r * UNIT + n] += W->bias[unit * UNIT + n];
 }
 long aigc_unit(void) { return UNIT; }
@@ -187,7 +194,7 @@ void aigc_product(const Weight *W, const float *x, float *y, long M, long thread
 # %% ../../nbs/serve/19_native.ipynb #a1c0ffe4
 STEP = r"""typedef struct { const float *norm, *post_norm, *q_norm, *k_norm; Weight qkv, out, gate, up, down; void *cache; float *kv_scales; long window; } Layer;
 typedef struct { long layers, hidden, heads, kv_heads, dim, inner, kv_kind, block_size; float scale, eps; const float *cos, *sin, *norm; const Layer *layer; } Model;
-typedef struct { const Model *m; long M, wide, longest; float *x; const long *positions, *slots, *owners; const int *tables; float *out, *h, *qkv, *a, *g, *scores, *room; _Atomic long thread; } Step;
+typedef struct { const Model *m; long M, wide, longest; float *x; const long *positions, *slots, *owners; const int *tables; float *out, *h, *qkv, *a, *g, *scores, *room; long *places; _Atomic long thread; } Step;
 
 INLINE vf exp_of(vf x) {  /* Cephes' expf: 2^n times a polynomial of the rest */
   vi high = (vi)(x > 88), low = (vi)(x < -87);
@@ -230,13 +237,14 @@ INLINE vf kept(const int kind, const void *cache, long at) {
 }
 
 /* G query heads that share a key-value head, one token: q [G, D], out [G, D]. Tokens first … last of the sequence, in order. */
-INLINE void attend(const int G, const int kind, const Model *m, const Layer *L, const float *q, const int *table, long first, long last, long head, float *scores, float *out) {
-  long D = m->dim, n = last - first + 1, wide = 2 * m->kv_heads, B = m->block_size;
-  float most[G], total[G];
+INLINE void attend(const int G, const int kind, const Model *m, const Layer *L, const float *q, const int *table, long first, long last, long head, float *scores, long *place, float *out) {
+  long D = m->dim, n = last - first + 1, wide = 2 * m->kv_heads, B = m->block_size, size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
+  float most[4], total[4];
   for (int g = 0; g < G; g++) most[g] = -INFINITY, total[g] = 0;
-#define AT(p, h) (((long)table[(p) / B] * B + (p) % B) * wide + (h))
+  for (long p = 0; p < n;) { long t = first + p, end = n - p < B - t % B ? n : p + B - t % B, at = (table[t / B] * (long)B + t % B - p) * wide; for (; p < end; p++) place[p] = at + p * wide; }
   for (long p = 0; p < n; p++) {
-    long at = AT(first + p, head); vf dot[G];
+    long at = place[p] + head; vf dot[4];
+    if (p + 8 < n) for (long b = 0; b < D * size; b += 64) __builtin_prefetch((const char *)L->cache + (place[p + 8] + head) * D * size + b), __builtin_prefetch((const char *)L->cache + (place[p + 8] + m->kv_heads + head) * D * size + b);
     for (int g = 0; g < G; g++) dot[g] = (vf){0};
     for (long d = 0; d < D; d += V) { vf k = kept(kind, L->cache, at * D + d); _Pragma("GCC unroll 4") for (int g = 0; g < G; g++) dot[g] += k * *(const uvf *)(q + g * D + d); }
     float s = kind >= INT8 ? m->scale * L->kv_scales[at] : m->scale;
@@ -249,19 +257,19 @@ INLINE void attend(const int G, const int kind, const Model *m, const Layer *L, 
     total[g] += sum(t);
   }
   for (long d = 0; d < D; d += V) {
-    vf acc[G];
+    vf acc[4];
     for (int g = 0; g < G; g++) acc[g] = (vf){0};
     for (long p = 0; p < n; p++) {
-      long at = AT(first + p, m->kv_heads + head); vf v = kept(kind, L->cache, at * D + d);
+      long at = place[p] + m->kv_heads + head; vf v = kept(kind, L->cache, at * D + d);
       float s = kind >= INT8 ? L->kv_scales[at] : 1;
       _Pragma("GCC unroll 4") for (int g = 0; g < G; g++) acc[g] += v * (scores[g * n + p] * s);
     }
     for (int g = 0; g < G; g++) *(uvf *)(out + g * D + d) = acc[g] / total[g];
   }
 }
-#define KIND(G, kind) case kind: attend(G, kind, m, L, q, table, first, last, head, scores, out); break;
+#define KIND(G, kind) case kind: attend(G, kind, m, L, q, table, first, last, head, scores, place, out); break;
 #define KINDS(G) switch (m->kv_kind) { KIND(G, FP32) KIND(G, BF16) KIND(G, INT8) KIND(G, FP8) } break;
-static void heads(const Model *m, const Layer *L, const float *q, const int *table, long last, long head, float *scores, float *out) {
+static void heads(const Model *m, const Layer *L, const float *q, const int *table, long last, long head, float *scores, long *place, float *out) {
   long first = L->window && last + 1 > L->window ? last + 1 - L->window : 0, left = m->heads / m->kv_heads;
   while (left) {
     long G = left > 4 ? 4 : left;
@@ -276,7 +284,7 @@ static void heads(const Model *m, const Layer *L, const float *q, const int *tab
 static void step(Job *J, long *stage) {
   Step *S = (Step *)J->with; const Model *m = S->m; long M = S->M, H = m->hidden, D = m->dim, I = m->inner, Q = m->heads * D, N = Q + 2 * m->kv_heads * D, G = m->heads / m->kv_heads;
   long wide = Q > H ? Q > I ? Q : I : H > I ? H : I, me = atomic_fetch_add(&S->thread, 1);
-  float out[8 * UNIT], other[8 * UNIT], *scores = S->scores + me * 4 * S->longest, *room = S->room + me * M * wide; Rows X;
+  float out[8 * UNIT], other[8 * UNIT], *scores = S->scores + me * 4 * S->longest, *room = S->room + me * M * wide; long *place = S->places + me * S->longest; Rows X;
   for (long l = 0; l < m->layers; l++) {
     const Layer *L = m->layer + l;
     SHARE(M, normalize(S->x + i * H, L->norm, S->h + i * H, H, m->eps);)
@@ -286,7 +294,7 @@ static void step(Job *J, long *stage) {
       for (long h = 0; h < m->heads + m->kv_heads; h++) { const float *n = h < m->heads ? L->q_norm : L->k_norm; if (n) normalize(v + h * D, n, v + h * D, D, m->eps); turn(v + h * D, c, s, D); }
       for (long h = 0; h < 2 * m->kv_heads; h++) keep(m, L, v + Q + h * D, S->slots[i], h);)
     SHARE(M * m->kv_heads, long t = i / m->kv_heads; long h = i % m->kv_heads;
-      heads(m, L, S->qkv + t * N + h * G * D, S->tables + S->owners[t] * S->wide, S->positions[t], h, scores, S->a + t * Q + h * G * D);)
+      heads(m, L, S->qkv + t * N + h * G * D, S->tables + S->owners[t] * S->wide, S->positions[t], h, scores, place, S->a + t * Q + h * G * D);)
     X = prepare(&L->out, S->a, M, room);
     SHARE(UNITS(H), ENDS(H) EIGHT { block(R, &L->out, X, m0, i, out); for (long r = 0; r < R; r++) for (long n = 0; n < end; n++) S->x[(m0 + r) * H + i * UNIT + n] += out[r * UNIT + n]; })
     SHARE(M, normalize(S->x + i * H, L->post_norm, S->h + i * H, H, m->eps);)
@@ -302,11 +310,11 @@ static void step(Job *J, long *stage) {
 /* One step over M tokens: x [M, hidden] their embeddings (overwritten), out [M, hidden] after the last norm. Token i is at positions[i] of the sequence whose blocks are tables[owners[i]]. */
 void aigc_step(const Model *m, long M, float *x, const long *positions, const long *slots, const long *owners, const int *tables, long wide, long longest, float *out, long threads) {
   long H = m->hidden, Q = m->heads * m->dim, N = Q + 2 * m->kv_heads * m->dim, I = m->inner, most = Q > H ? Q > I ? Q : I : H > I ? H : I;
-  float *room = malloc(4 * (M * (H + N + Q + I + threads * most) + threads * 4 * longest)), *p = room;
+  long *places = malloc(8 * threads * longest + 4 * (M * (H + N + Q + I + threads * most) + threads * 4 * longest)); float *p = (float *)(places + threads * longest);
   Step S = {m, M, wide, longest, x, positions, slots, owners, tables, out};
-  S.h = p; p += M * H; S.qkv = p; p += M * N; S.a = p; p += M * Q; S.g = p; p += M * I; S.scores = p; S.room = p + threads * 4 * longest;
+  S.places = places; S.h = p; p += M * H; S.qkv = p; p += M * N; S.a = p; p += M * Q; S.g = p; p += M * I; S.scores = p; S.room = p + threads * 4 * longest;
   together(step, threads, m->layers * 8 + 1, &S);
-  free(room);
+  free(places);
 }
 """
 
@@ -350,9 +358,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 # %% ../../nbs/serve/19_native.ipynb #38dc435b
 def _tiles(x: Tensor, unit: int, lanes: int) -> Tensor:
-    "`[N, K, …]` → `[N/lanes, K, lanes, …]`, N filled up to units."
+    "`[N, K, …]` → `[N/unit, K, unit/lanes, lanes, …]`, N filled up to units."
     if fill := -len(x) % unit: x = torch.cat([x, x.new_zeros((fill, *x.shape[1:]))])
-    return x.view(-1, lanes, *x.shape[1:]).transpose(1, 2).contiguous()
+    return x.view(-1, unit//lanes, lanes, *x.shape[1:]).movedim(3, 1).contiguous()
 
 
 class Packed:
