@@ -79,6 +79,7 @@ def kill_twice_and_compare(tmp_path, n, stops, shard_note=""):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_hundred_thousand_records_killed_twice_are_the_same_to_the_byte(tmp_path):
     figures, err = kill_twice_and_compare(tmp_path, 100_000, stops=(3, 9))
     assert figures["read"] == 100_000 and figures["unreadable"] == 2000 and figures["reasons"]["exact_duplicate"] > 1500 and figures["reasons"]["near_duplicate"] > 1000
@@ -235,6 +236,7 @@ def test_personal_data_do_not_leave_through_the_rejected_file(tmp_path):
 # a cluster
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_ray_cluster_of_three_nodes_gives_the_local_bytes_though_a_node_dies(tmp_path):
     try: from ray.cluster_utils import Cluster
     except ImportError: missing("ray")

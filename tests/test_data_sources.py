@@ -59,7 +59,7 @@ def test_collector_is_killed_and_fetches_only_the_rest(site, tmp_path):
     words = [sys.executable, "-m", "aigc", "data", "collect", f"{site}/big.jsonl", "--out", str(tmp_path/"raw"), "--rate", "100", "--allow-address", "127.0.0.1"]
     p = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
-    while time.monotonic() < end and not any(f.stat().st_size > 500_000 for f in (tmp_path/"raw").glob(".*.part")): time.sleep(0.01)
+    while p.poll() is None and time.monotonic() < end and not any(f.stat().st_size > 500_000 for f in (tmp_path/"raw").glob(".*.part")): time.sleep(0.01)
     p.send_signal(signal.SIGKILL); p.wait()
     assert not list((tmp_path/"raw").glob("*.jsonl")), "nothing half-fetched is seen"
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=120)

@@ -1,9 +1,9 @@
 """`aigc train`: what is wrong is said before the first step, in one sentence, and what is right is trained, saved and compared."""
 import json
 import os
-import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +11,19 @@ pytest.importorskip("trl")
 
 
 @pytest.fixture
-def aigc(tmp_path):
-    "The command line with a store of its own."
-    def call(*arguments, timeout=300):
-        return subprocess.run([sys.executable, "-m", "aigc", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=os.environ | {"AIGC_STORE": str(tmp_path/"store"), "OMP_NUM_THREADS": "1", "AIGC_DEVICE": "cpu"})
+def aigc(tmp_path, monkeypatch, capfd):
+    "The command line with a store of its own, in this process: the imports would take longer than the work."
+    from aigc.cli.main import main
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"AIGC_STORE": str(tmp_path/"store"), "AIGC_DEVICE": "cpu"}.items(): monkeypatch.setenv(name, value)
+    def call(*arguments):
+        words, code = list(map(str, arguments)), 0
+        monkeypatch.setattr(sys, "argv", ["aigc", *words])
+        capfd.readouterr()
+        try: main(words)
+        except SystemExit as e: code = e.code or 0
+        said = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
     return call
 
 
@@ -159,6 +168,34 @@ def test_launch_writes_the_file_and_the_same_command(aigc, tmp_path):
     assert yaml.safe_load((tmp_path/"accelerate_ddp.yaml").read_text())["num_processes"] == 2
     refused = aigc("train", "sft", "--launch", "ddp", "--processes", "3", "--machines", "2")
     assert refused.returncode == 2 and "cannot be shared" in refused.stderr
+
+
+def deepspeed_configuration(file, monkeypatch):
+    "What accelerate hands DeepSpeed when `accelerate launch` reads `file`."
+    import yaml
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "program.py"]))
+    args.deepspeed_fields_from_accelerate_config = ",".join(yaml.safe_load(file.read_text())["deepspeed_config"])
+    with monkeypatch.context() as here:
+        for name, value in prepare_deepspeed_cmd_env(args)[1].items():
+            if name.startswith("ACCELERATE_"): here.setenv(name, value)
+        return DeepSpeedPlugin().deepspeed_config
+
+
+@pytest.mark.parametrize("kind, offload, stage", [("zero2", False, 2), ("zero2", True, 2), ("zero3", False, 3), ("zero3", True, 3)])
+def test_deepspeed_takes_its_configuration(kind, offload, stage, tmp_path, monkeypatch, repo):
+    "`tests/deepspeed_zero.json` is the JSON schema of `DeepSpeedZeroConfig` (Pydantic) of DeepSpeed 0.19.8, without titles and defaults; what is 'auto' is filled in by the trainer."
+    from jsonschema import Draft202012Validator
+    from aigc.train.launch import write_launch
+    schema = Draft202012Validator(json.loads((repo/"tests"/"deepspeed_zero.json").read_text()))
+    made = deepspeed_configuration(write_launch(kind, ["train", "sft"], tmp_path, processes=16, machines=2, address="10.0.0.1", offload=offload).path, monkeypatch)
+    zero = {k: v for k, v in made["zero_optimization"].items() if v != "auto"}
+    assert not list(schema.iter_errors(zero)), [e.message for e in schema.iter_errors(zero)]
+    assert zero["stage"] == stage and zero["offload_optimizer"]["device"] == ("cpu" if offload else "none") and zero["offload_param"]["device"] == ("cpu" if offload and stage == 3 else "none")
+    assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3) and {made["gradient_clipping"], made["gradient_accumulation_steps"], made["train_batch_size"]} == {"auto"}
+    assert list(schema.iter_errors(zero | {"stge": 3})) and list(schema.iter_errors(zero | {"stage": 7}))
 
 
 def test_every_test_that_the_table_of_pains_names_exists(repo):

@@ -18,11 +18,11 @@ from ..core.store import Store
 # %% ../../nbs/cli/95_bench_train_runs.ipynb #95557457
 RECIPES: dict[str, dict[str, Any]] = {  # method, training rows, held-out rows, settings
     "sft": dict(method="sft", limit=480, compared=64, settings=dict(epochs=1.0, batch_size=8)),
-    "qlora": dict(method="sft", limit=240, compared=48, settings=dict(epochs=1.0, batch_size=8)),
-    "dpo": dict(method="dpo", limit=320, compared=100, settings=dict(epochs=1.0, batch_size=8, learning_rate=1e-4)),
-    "kto": dict(method="kto", limit=96, compared=60, settings=dict(epochs=1.0, batch_size=4, max_length=320, learning_rate=1e-4)),
-    "grpo": dict(method="grpo", limit=128, compared=100, settings=dict(rewards=["number"], batch_size=32, generations=4, answer_tokens=16, epochs=1.5, learning_rate=2e-4)),
-    "distill": dict(method="distill", limit=480, compared=48, settings=dict(epochs=2.0, batch_size=8, lora_rank=0, learning_rate=3e-4, beta=0.0, own_answers=0.0)),
+    "qlora": dict(method="sft", limit=96, compared=48, settings=dict(epochs=1.0, batch_size=8)),
+    "dpo": dict(method="dpo", limit=128, compared=80, settings=dict(epochs=1.0, batch_size=8, learning_rate=1e-4)),
+    "kto": dict(method="kto", limit=48, compared=60, settings=dict(epochs=1.0, batch_size=4, max_length=320, learning_rate=1e-4)),
+    "grpo": dict(method="grpo", limit=96, compared=100, settings=dict(rewards=["number"], batch_size=32, generations=4, answer_tokens=16, epochs=1.5, learning_rate=2e-4)),
+    "distill": dict(method="distill", limit=160, compared=48, settings=dict(epochs=2.0, batch_size=8, lora_rank=0, learning_rate=3e-4, beta=0.0, own_answers=0.0)),
 }
 
 
@@ -77,7 +77,7 @@ def real_run(part: str, model: str, given: str, *, limit: int = 0, compared: int
     from aigc.train.config import train_config
     from aigc.train.heldout import held_out
     from aigc.train.trainers import train
-    recipe, store, start = RECIPES[part], Store(), time.perf_counter()
+    recipe, store, start, cpu = RECIPES[part], Store(), time.perf_counter(), time.process_time()
     records, held = rows_of(part, given, limit or recipe["limit"], compared or recipe["compared"])
     base = quantized_base(model, store) if part == "qlora" else half_depth(model, store) if part == "distill" else model_ref(model, store)
     values = recipe["settings"] | ({"teacher": model} if part == "distill" else {}) | (settings or {})
@@ -89,7 +89,7 @@ def real_run(part: str, model: str, given: str, *, limit: int = 0, compared: int
     verdict = held_out(config, base, saved.model.ref, held, limit=compared or recipe["compared"], store=store)
     typer.echo(f"{part}: {done.summary()}\n{verdict!r}\n")
     losses = [r["loss"] for r in done.history if "loss" in r]
-    return dict(seconds=round(time.perf_counter() - start, 1), train_seconds=round(trained, 1), steps=done.steps, train_rows=done.rows, held_out=len(held), loss_first=losses[0], loss_last=losses[-1],
+    return dict(seconds=round(time.perf_counter() - start, 1), cpu_seconds=round(time.process_time() - cpu, 1), train_seconds=round(trained, 1), steps=done.steps, train_rows=done.rows, held_out=len(held), loss_first=losses[0], loss_last=losses[-1],
                 settings=values, derived=list(reasons), said=str(verdict), **verdict.to_dict())
 
 # %% ../../nbs/cli/95_bench_train_runs.ipynb #37a3b7dc
