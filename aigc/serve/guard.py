@@ -266,13 +266,13 @@ class Answering:
         for holder, field, _ in argument_slots(body): holder[field] = self._once(holder[field], Arguments)
         for part in tool_inputs(body): part["input"] = json.loads(self._once(json.dumps(part.get("input") or {}, ensure_ascii=False), Arguments))
 
-    def event(self, body: dict) -> tuple[str, str]:
-        "Guard an event of a stream, in place; what was held back leaves with the event that ends it. Returns text and arguments that must leave in an event before this one."
+    def event(self, body: dict, texts: list | None = None, arguments: list | None = None) -> tuple[str, str]:
+        "Guard an event of a stream (its slots, where they are known), in place; what was held back leaves with the event that ends it. Returns text and arguments that must leave in an event before this one."
         for choice in body.get("choices") or []: choice.pop("logprobs", None)
         tells_again = str(body.get("type", "")).endswith((".done", ".completed"))
-        for holder, field, key in slots(body):
+        for holder, field, key in slots(body) if texts is None else texts:
             if not tells_again: holder[field] = self.flow(key).feed(holder[field])
-        for holder, field, key in argument_slots(body): holder[field] = self.flow(("call", *key), Arguments).feed(holder[field])
+        for holder, field, key in argument_slots(body) if arguments is None else arguments: holder[field] = self.flow(("call", *key), Arguments).feed(holder[field])
         for choice in body.get("choices") or []:
             if choice.get("finish_reason"): self._end(choice, choice.get("index", 0))
         kind, early = body.get("type"), ("", "")

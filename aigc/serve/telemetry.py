@@ -36,7 +36,7 @@ class Metrics:
         self.waiting = Gauge("aigc:num_requests_waiting", "Requests that wait for their turn.", ["model_name"], registry=r)
         self.e2e = histogram("e2e_request_latency_seconds", "From the request's arrival to the answer's end.", SECONDS)
         self.ttft = histogram("time_to_first_token_seconds", "From the request's arrival to the first text.", SECONDS)
-        self.itl = histogram("inter_token_latency_seconds", "Between two pieces of a stream.", GAPS)
+        self.itl = histogram("inter_token_latency_seconds", "Between two arrivals of text in a stream.", GAPS)
         self.queued = histogram("request_queue_time_seconds", "Time that a request waited.", SECONDS)
         self.prompt_size = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self.answer_size = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
