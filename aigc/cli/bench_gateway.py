@@ -27,12 +27,14 @@ def _cpu(pid: int) -> float:
     return t.user + t.system
 
 
-def _configuration(folder: Path, stub: str) -> tuple[Path, str]:
+def _configuration(folder: Path, **stubs: str) -> tuple[Path, str]:
+    "A gateway before stubs (model → address), and a key for it."
     from aigc.serve.keys import KeyFile, Limits, new_key
     secret, key = new_key("bench", limits=Limits(requests_per_minute=10**8, tokens_per_minute=10**9))
     KeyFile(folder/"keys.json").add(key)
     path = folder/"gateway.yaml"
-    path.write_text(f"keys: keys.json\nmodels:\n  docs:\n    upstreams: [{{url: '{stub}/v1'}}]\ncache: {{entries: 100}}\nlog: {{file: requests.jsonl, privacy: redacted}}\n")
+    models = "".join(f"  {name}:\n    upstreams: [{{url: '{url}/v1'}}]\n" for name, url in stubs.items())
+    path.write_text(f"keys: keys.json\nmodels:\n{models}cache: {{entries: 100}}\nlog: {{file: requests.jsonl, privacy: redacted}}\n")
     return path, secret
 
 # %% ../../nbs/cli/97_bench_gateway.ipynb #8da22c0c
@@ -63,20 +65,21 @@ def gateway_command(requests: Annotated[int, typer.Option(min=10, help="requests
     figures = {"requests": requests, "words": words, "parallel": parallel}
     with tempfile.TemporaryDirectory() as folder:
         stub, stub_url = _start("-m", "aigc.serve.stub", json.dumps({"words": words}))
-        config, secret = _configuration(Path(folder), stub_url)
+        slow, slow_url = _start("-m", "aigc.serve.stub", json.dumps({"words": words, "seconds": 0.02}))
+        config, secret = _configuration(Path(folder), docs=stub_url, slow=slow_url)
         gateway, url = _start("-m", "aigc", "gateway", "run", str(config), "--port", "0")
         try:
             next(line for line in gateway.stdout if line.startswith("ready"))
-            targets = {"direct": (stub_url, {}), "gateway": (url, {"Authorization": f"Bearer {secret}"})}
             typer.echo(f"{'':10} {'CPU of the gateway':>20} {'p50 direct':>12} {'p50 gateway':>12} {'added':>8}")
-            for kind, fields in (("whole", {}), ("stream", {"stream": True})):
-                bodies = [{"model": "docs", "messages": [{"role": "user", "content": f"question {n}"}], "temperature": 1, **fields} for n in range(requests)]
+            for kind, model, many, fields in (("whole", "docs", requests, {}), ("stream", "docs", requests, {"stream": True}), ("paced", "slow", max(10, requests//5), {"stream": True})):
+                targets = {"direct": (stub_url if model == "docs" else slow_url, {}), "gateway": (url, {"Authorization": f"Bearer {secret}"})}
+                bodies = [{"model": model, "messages": [{"role": "user", "content": f"question {n}"}], "temperature": 1, **fields} for n in range(many)]
                 asyncio.run(_rounds(targets, bodies[:50], parallel, gateway.pid))  # warm
                 times, cpu = asyncio.run(_rounds(targets, bodies, parallel, gateway.pid))
                 p50 = {name: statistics.median(t)*1e3 for name, t in times.items()}
-                cost = (cpu["gateway"] - cpu["direct"])/requests*1e3  # what it does when nobody asks is not the requests'
+                cost = (cpu["gateway"] - cpu["direct"])/many*1e3  # what it does when nobody asks is not the requests'
                 figures |= {f"{kind}_cpu_ms_per_request": round(cost, 3), f"{kind}_p50_ms_direct": round(p50["direct"], 2), f"{kind}_p50_ms_gateway": round(p50["gateway"], 2)}
                 typer.echo(f"{kind:10} {cost:>17.2f} ms {p50['direct']:>9.2f} ms {p50['gateway']:>9.2f} ms {p50['gateway'] - p50['direct']:>5.2f} ms")
         finally:
-            for process in (gateway, stub): process.terminate(); process.wait(10)
+            for process in (gateway, stub, slow): process.terminate(); process.wait(10)
     finish(figures)

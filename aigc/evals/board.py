@@ -17,6 +17,7 @@ from ..core.errors import AigcError, UsageError
 from ..core.store import Store, content_digest, describe, is_ref
 from .ask import ResponseCache, ask_task, identity_of
 from .measure import conditions, weight_bytes
+from .report import RUN_OF_ARTIFACT
 from .statistics import Interval
 from .suites import Task, make_items
 from .verdict import LESS, Run, Summary, read_run, summarize, verdict_page
@@ -115,9 +116,6 @@ def _through_harness(generator, tasks, items, folder: Path, batch_size: int):
     return results
 
 
-_RUN_OF_ARTIFACT = "../../../runs/{}/page.html"  # from store/report/NAME/DIGEST/report.html
-
-
 def run_links(runs: Sequence[Run], page: str | Path, store: Store | None = None) -> dict[str, str]:
     "Label → address of the run that made it, as seen from `page`: for `verdict_page`. Only runs whose page is there."
     from aigc.run.record import runs_folder
@@ -136,7 +134,7 @@ def save_run(folder: str | Path, name: str, *, run: str = "", store: Store | Non
     work = store.writing("report", name, inputs=[found.summary.ref] if is_ref(found.summary.ref) else [], metrics=metrics, card={"what": f"evaluation of {found.label} on {', '.join(found.summary.tasks)}"}, **more)
     with work as target:
         for file in ("results.jsonl", "summary.json"): (target/file).write_bytes((Path(folder)/file).read_bytes())
-        (target/"report.html").write_text(verdict_page([found], links={found.label: _RUN_OF_ARTIFACT.format(found.run)} if found.run else None), encoding="utf-8")
+        (target/"report.html").write_text(verdict_page([found], links={found.label: RUN_OF_ARTIFACT.format(found.run)} if found.run else None), encoding="utf-8")
     return work.artifact.ref
 
 # %% ../../nbs/evals/22_board.ipynb #ac33a234

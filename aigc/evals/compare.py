@@ -10,6 +10,8 @@ import gc, random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..core.errors import AigcError, UsageError
 from ..core.store import Store, is_ref
 from ..data.records import dataset_path, dataset_ref, load_split
@@ -91,10 +93,17 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
     return [(key, Subject.model_validate_json(text)) for key, text in (line.split(" ", 1) for line in lines)]
 
 # %% ../../nbs/evals/08_compare.ipynb #2abdf3c7
+def _wide(model, tokenizer):
+    "In fp32 where the processor cannot multiply bf16 (it takes some twenty times as long there); the weights are the same numbers."
+    if model.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return model, tokenizer
+    if getattr(model, "hf_quantizer", None) is not None: model.dequantize()
+    return model.float(), tokenizer
+
+
 def drift_between(a: str, b: str, records: list, batch_size: int = 8, store: Store | None = None) -> Drift:
     "The drift of model `a` from model `b` on the reference answers of `records`, by group."
-    model_a, tokenizer = load_model(a, store=store)
-    model_b, _ = load_model(b, store=store)
+    model_a, tokenizer = _wide(*load_model(a, store=store))
+    model_b, _ = _wide(*load_model(b, store=store))
     groups = [r.group or r.id for r in records]
     return drift(model_a, model_b, answer_sequences(tokenizer, records), groups=groups if len(set(groups)) > 1 else None, batch_size=batch_size)
 
@@ -121,6 +130,6 @@ def compare_models(models: dict[str, str], data: str, *, folder: str | Path, sou
     loads = [s.load for s in subjects if s.load is not None]
     how = {"data": ref, "items": ", ".join(f"{len(r)} of {name}" for name, r in questions.items()) + (f"; {too_long} left out, too long for the context" if too_long else ""), "seed of the choice": seed,
            "decoding": f"greedy, at most {max_tokens} tokens, stops at the end of turn, batches of {batch_size}", "perplexity": "of the reference answer and its end of turn, teacher-forced",
-           "intervals": "95 % cluster bootstrap over the records' groups, paired by item, with Hesterberg's small-sample correction", **conditions(), "load average": f"{min(loads):.1f} to {max(loads):.1f}" if loads else "not known"}
+           "intervals": "95 % cluster bootstrap over the records' groups, paired by item, with Hesterberg's small-sample correction; where all answers score alike, of the share that may be otherwise (Clopper-Pearson)", **conditions(), "load average": f"{min(loads):.1f} to {max(loads):.1f}" if loads else "not known"}
     how.pop("load")
     return make_report(items, subjects, records, title=title or f"Evaluation of {', '.join(labels)}", quantized=labels[-1] if source else "", source=source, drift=moved, how=how, seed=0)

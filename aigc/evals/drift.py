@@ -159,7 +159,7 @@ def drift(model_a, model_b, sequences: Sequence[tuple[Sequence[int], int]], *, g
         found[i] = torch.stack([_kl(a, b), (a.argmax(-1) == b.argmax(-1)).float(), _shared_five(a, b), surprise[0] - surprise[1]]).cpu().double().numpy()
     labels = np.repeat(np.arange(len(found)) if groups is None else np.unique(list(map(str, groups)), return_inverse=True)[1], [f.shape[1] for f in found])
     kl, same, five, lost = np.concatenate(found, 1)
-    means = [mean_interval(x, labels, seed=seed) for x in (kl, same, five, lost)]
+    means = [mean_interval(x, labels, bounds=limit, seed=seed) for x, limit in ((kl, None), (same, (0, 1)), (five, (0, 1)), (lost, None))]
     return Drift(means[0], means[1], float(np.median(kl)), float(np.quantile(kl, .99)), len(kl), len(found), float(kl.max()), means[2], means[3].map(math.exp), layer_errors(model_a, model_b, sequences[:layers]) if layers else [])
 
 

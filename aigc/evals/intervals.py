@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 
 from ..core.errors import AigcError
-from .statistics import Interval, _column, _group_sums
+from .statistics import Interval, _column, _group_sums, unseen_share
 
 # %% ../../nbs/evals/09_intervals.ipynb #0af6cd28
 PRIOR = 0.75  # pseudo-counts of right and of wrong: chosen by the exact coverage below
@@ -64,13 +64,17 @@ def clustered_proportion_bounds(sums, counts, level: float = 0.95) -> tuple[np.n
 def score_interval(values: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95) -> Interval:
     """The mean of `values` with its interval: of a proportion where all values are 0 or 1, else by t; clustered where `groups` repeat.
 
+    Scores from 0 to 1 that are all alike have no spread to go by: theirs is the interval of what was not seen (`unseen_share`).
+
     Raises `AigcError` for fewer than two independent groups, or a value that is not a number."""
     if not 0 < level < 1: raise AigcError(f"{level} is not between 0 and 1", place="level", remedy="0.95 is usual")
     column = _column(values, "values")
     sums, counts = _group_sums([column, np.ones_like(column)], groups)
     binary, alone = bool(np.isin(column, (0, 1)).all()), len(sums) == len(column)
     if binary: low, high = proportion_bounds(column.sum(), len(column), level) if alone else clustered_proportion_bounds(sums, counts, level)
-    else: low, high = t_bounds(sums, counts, level)
+    else:
+        low, high = t_bounds(sums, counts, level)
+        if high - low < 1e-12 and column.min() >= 0 and column.max() <= 1: low, high = (column.mean() + unseen_share(len(sums), level) * (end - column.mean()) for end in (0, 1))
     return Interval(float(column.mean()), float(low), float(high), len(column), level, len(sums))
 
 
