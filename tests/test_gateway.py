@@ -302,6 +302,33 @@ def test_known_attacks_are_refused_and_their_neighbours_work(shared, name):
     assert shared.ask(n=2, stop=["x"], logprobs=True, top_logprobs=2, response_format={"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a+"}}}).status_code == 200
 
 
+def test_code_in_a_call_a_checkpoint_and_its_template_is_not_run(tmp_path):
+    "What others evaluated, imported or rendered (vLLM's tool parser, auto_map, templates of GGUF files), beside what must still work."
+    from aigc.core.errors import AigcError
+    from aigc.models.sources import load_model
+    from aigc.models.template import render
+    from aigc.models.tiny import make_tiny
+    from aigc.serve.tools import parse_tools
+    trap = tmp_path/"run"
+    evil = f"__import__('pathlib').Path({str(trap)!r}).touch()"
+    said = f'<tool_call>{{"name": "add", "arguments": {evil}}}</tool_call><tool_call>{json.dumps({"name": "add", "arguments": evil})}</tool_call>'
+    assert parse_tools(said, ["add"])[1] == [] and [c["arguments"] for c in parse_tools('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', ["add"])[1]] == ['{"a": 1}']
+    make_tiny(tmp_path/"model")
+    model, tokenizer = load_model(tmp_path/"model", device="cpu")
+    asked = [{"role": "user", "content": "Hi"}]
+    assert "Hi" in render(tokenizer, asked)
+    tokenizer.chat_template = "{{ cycler.__init__.__globals__.os.system('touch " + str(trap) + "') }}"
+    with pytest.raises(Exception, match="unsafe|not safe|sandbox|cannot"): render(tokenizer, asked)
+    config = json.loads((tmp_path/"model"/"config.json").read_text())
+    (tmp_path/"model"/"config.json").write_text(json.dumps(config | {"model_type": "surprise", "auto_map": {"AutoConfig": "surprise.C", "AutoModelForCausalLM": "surprise.M"}}))
+    (tmp_path/"model"/"surprise.py").write_text(evil)
+    with pytest.raises(AigcError): load_model(tmp_path/"model", device="cpu")
+    (tmp_path/"model"/"config.json").write_text(json.dumps(config))
+    (tmp_path/"model"/"model.safetensors").rename(tmp_path/"model"/"pytorch_model.bin")
+    with pytest.raises(AigcError): load_model(tmp_path/"model", device="cpu")             # a pickle is not opened
+    assert not trap.exists()
+
+
 def test_what_a_back_end_says_in_its_errors_stays_inside(start):
     g = start(({"status": 500},), breaker={"failures": 100})
     for path in ASKED:                                                                     # on every route: others forgot one

@@ -94,7 +94,7 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
 
 # %% ../../nbs/evals/08_compare.ipynb #2abdf3c7
 def _wide(model, tokenizer):
-    "In fp32 where the processor cannot multiply bf16 (it takes some twenty times as long there); the weights are the same numbers."
+    "In fp32 where the processor cannot multiply bf16 (it takes some eight times as long there); the weights are the same numbers."
     if model.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return model, tokenizer
     if getattr(model, "hf_quantizer", None) is not None: model.dequantize()
     return model.float(), tokenizer
