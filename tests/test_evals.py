@@ -110,6 +110,7 @@ def test_the_job_under_plain_papermill(place, tmp_path):
     assert links.found == []
 
 
+@pytest.mark.slow
 def test_a_wrong_parameter_is_one_sentence(place, tmp_path):
     done = papermill(place, tmp_path/"out.ipynb", "-p", "split", "tset", "-p", "data", place/"data")
     assert done.returncode != 0 and "did you mean 'test'" in done.stderr
@@ -133,6 +134,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(place):
     done = subprocess.run(words, env=environment(place), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (Store(place/"store").path("report/killed")/"items.jsonl").read_text(encoding="utf-8").splitlines()
+    page = Store(place/"store").path("report/killed")/"report.html"
+    assert (page.parent/re.search(r"href='([^']+)'>its run", page.read_text(encoding="utf-8"))[1]).resolve().is_file()   # a report leads to its run
     assert lines[:len(first)] == first and len(lines) == 26 and len({(json.loads(x)["split"], json.loads(x)["id"]) for x in lines}) == 26
 
 
