@@ -16,12 +16,13 @@ demo: $(READY)                ## from source code on this machine to a served mo
 	$(BIN)/aigc demo
 
 test: test-notebooks          ## notebook lessons, then what crosses rooms; under 25 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m aigc._nbx test
 
 test-slow: $(READY)           ## minutes: the real model, 600 items
+	$(BIN)/python -m aigc._nbx test-slow
 	$(BIN)/python -m pytest -m slow --timeout=3600
 
 test-gpu: $(READY)            ## needs a CUDA device

@@ -3,12 +3,14 @@
     python -m aigc._nbx export            notebooks → modules of both packages
     python -m aigc._nbx update [FILE.py]  edited modules → their notebooks (kernels included, which nbdev-update forgets)
     python -m aigc._nbx clean             strip execution metadata from the notebooks
-    python -m aigc._nbx test [PATH]       run the notebooks as tests
+    python -m aigc._nbx test [PATH]       run the notebooks as tests; each with its seconds, and those of the processor (a busy machine takes longer)
+    python -m aigc._nbx test-slow [PATH]  run those with slow cells, and these cells, too
     python -m aigc._nbx readme            nbs/index.ipynb → README.md
     python -m aigc._nbx docs              nbs/ → _docs/, plain HTML without a link to anybody else's server
 """
 import html
 import json
+import os
 import re
 import shutil
 import sys
@@ -39,45 +41,54 @@ class Route:
 
 def warm(cells=None):
     "nbdev-test's `test_setup`: import the slow libraries once, before the workers fork; torch computes nothing here."
-    import peft, torch, trl  # noqa: F401
+    import aigc.run  # noqa: F401
+    import fastapi, matplotlib.pyplot, nbconvert.exporters, openai, peft, scipy.stats, torch, trl  # noqa: E401, F401
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
     torch.set_num_threads(1)
 
 
-def _one(notebook: Path) -> tuple[str, bool, float]:
+def _one(notebook: Path, slow: bool) -> tuple[str, bool, float, float]:
     from nbdev.test import test_nb
     config = get_config()
-    passed, seconds = test_nb(notebook, skip_flags=config.tst_flags.split() if isinstance(config.tst_flags, str) else config.tst_flags,
-                              basepath=config.config_path, cell_timeout=config.cell_timeout)
-    return str(notebook.relative_to(config.nbs_path)), passed, seconds
+    flags = config.tst_flags.split() if isinstance(config.tst_flags, str) else config.tst_flags
+    passed, seconds = test_nb(notebook, skip_flags=[f for f in flags if f != "slow" or not slow], basepath=config.config_path, cell_timeout=config.cell_timeout)
+    return str(notebook.relative_to(config.nbs_path)), passed, seconds, sum(os.times()[:4])
 
 
-def test(path: str = "", workers: int = 2) -> int:
+def _rehearsed() -> set[Path]:
+    "The jobs of the pipeline `smoke`: tests/test_readme.py runs each to its end, with `aigc run smoke`."
+    import yaml
+    nbs = get_config().nbs_path
+    return {(nbs / "jobs" / f"{step['job']}.ipynb").absolute() for step in yaml.safe_load((nbs / "pipelines" / "smoke.yaml").read_text(encoding="utf-8"))["jobs"].values()}
+
+
+def test(path: str = "", workers: int = 2, slow: bool = False) -> int:
     """Run the notebooks below `path` as tests; returns how many failed.
 
     nbdev-test lets several notebooks share a process, so that one's monkey patches and registered operators reach the next. Here each gets a fork of its own
     from a parent that has imported the slow libraries."""
     import multiprocessing.connection
-    import os
     import tempfile
     from nbdev.doclinks import nbglob
     os.environ.setdefault("AIGC_STORE", tempfile.mkdtemp(prefix="aigc-test-"))  # jobs are notebooks too: they leave the workspace's store alone
     files = sorted(Path(f).absolute() for f in nbglob(path or None, as_path=True))
+    if not path and not slow: files = [f for f in files if f not in _rehearsed()]
+    if slow: files = [f for f in files if '"#| slow' in f.read_text(encoding="utf-8")]
     warm()
     os.chdir(get_config().nbs_path)
     failed, waiting, running, context = [], files[::-1], {}, multiprocessing.get_context("fork")
     while waiting or running:
         while waiting and len(running) < workers:
             notebook, (ours, theirs) = waiting.pop(), context.Pipe(duplex=False)
-            child = context.Process(target=lambda f, pipe: pipe.send(_one(f)), args=(notebook, theirs))
+            child = context.Process(target=lambda f, pipe: pipe.send(_one(f, slow)), args=(notebook, theirs))
             child.start(); theirs.close()
             running[child.sentinel] = child, ours, notebook
         for sentinel in multiprocessing.connection.wait([*running]):
             child, ours, notebook = running.pop(sentinel)
-            try: name, passed, seconds = ours.recv()
-            except EOFError: name, passed, seconds = str(notebook.relative_to(get_config().nbs_path)), False, 0.0  # killed by a signal: a pool would wait for it for ever
+            try: name, passed, seconds, work = ours.recv()
+            except EOFError: name, passed, seconds, work = str(notebook.relative_to(get_config().nbs_path)), False, 0.0, 0.0  # killed by a signal: a pool would wait for it for ever
             child.join()
-            print(f"{'ok    ' if passed else 'FAILED'} {seconds:5.1f} s  {name}" + (f"  (exit code {child.exitcode})" if child.exitcode else ""), flush=True)
+            print(f"{'ok    ' if passed else 'FAILED'} {seconds:5.1f} s ({work:5.1f})  {name}" + (f"  (exit code {child.exitcode})" if child.exitcode else ""), flush=True)
             if not passed: failed.append(name)
     print(f"notebooks: {len(files) - len(failed)} passed, {len(failed)} failed", flush=True)
     return len(failed)
@@ -205,7 +216,7 @@ def main():
     elif command == "clean":
         from nbdev.clean import nbdev_clean
         nbdev_clean()
-    elif command == "test": sys.exit(min(test(*rest), 1))
+    elif command in ("test", "test-slow"): sys.exit(min(test(*rest, slow=command == "test-slow"), 1))
     elif command in ("readme", "docs"): globals()[command]()
     else: sys.exit(__doc__)
 

@@ -6,7 +6,17 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_COLOR", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background: the programs that tests start would ignore Ctrl-C, too
 REPO = Path(__file__).resolve().parents[1]
+
+
+LONGEST_FIRST = ("test_readme", "test_gateway", "test_train", "test_run", "test_run_warm", "test_endpoint_stress", "test_evals_tasks", "test_packaging", "test_train_methods", "test_kernels")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that two workers end together; xdist gives them out in this order (`--no-loadscope-reorder`)."
+    rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def missing(what: str):

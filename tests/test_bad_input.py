@@ -1,20 +1,25 @@
 """What goes wrong in real life: each gets one clear sentence, an exit code, and leaves the store whole. (Kills, limits, full disks and wrong parameters: test_run.py.)"""
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from test_run import aigc as run_aigc
+
 from aigc.core.store import Store
-from conftest import REPO
+from aigc.run.warm import warm_running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    "Jobs are forked from one warm parent."
+    with warm_running(): yield
 
 
 @pytest.fixture
-def aigc(tmp_path):
+def aigc(tmp_path, monkeypatch):
     "Run the command line with a store and a cache of its own."
-    def call(*arguments, timeout=300, **env):
-        env = os.environ | {"AIGC_STORE": str(tmp_path/"store"), "AIGC_CACHE": str(tmp_path/"cache"), "OMP_NUM_THREADS": "1"} | env
-        return subprocess.run([sys.executable, "-m", "aigc", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout)
+    monkeypatch.chdir(tmp_path)
+    def call(*arguments, **env): return run_aigc(tmp_path, *arguments, **{"AIGC_CACHE": str(tmp_path/"cache"), **env})
     call.store = tmp_path/"store"
     return call
 
@@ -59,10 +64,10 @@ def test_an_unknown_package(aigc):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     "A small dataset in a store of its own."
-    store = tmp_path_factory.mktemp("prepared")/"store"
-    subprocess.run([sys.executable, "-m", "aigc", "run", "prepare", "--set", "limit=60", "--set", "new_packages=[]"], cwd=REPO, check=True, capture_output=True,
-                   env=os.environ | {"AIGC_STORE": str(store), "OMP_NUM_THREADS": "1"})
-    return store
+    lab = tmp_path_factory.mktemp("prepared")
+    done = run_aigc(lab, "run", "prepare", "--set", "limit=60", "--set", "new_packages=[]")
+    assert done.returncode == 0, done.stderr
+    return lab/"store"
 
 
 def test_a_corrupted_artifact(aigc, prepared):

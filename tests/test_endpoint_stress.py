@@ -49,20 +49,21 @@ async def crowd(url, clients, seed):
         return await asyncio.gather(*(one(i) for i in range(clients)))
 
 
-def test_five_hundred_clients_half_of_whom_leave(endpoint):
+@pytest.mark.parametrize("clients", [160, pytest.param(500, marks=pytest.mark.slow)])
+def test_hundreds_of_clients_half_of_whom_leave(endpoint, clients):
     engine = endpoint.engines[0]
-    asyncio.run(crowd(endpoint.url, 120, 0))  # warm: buffers, threads, the allocator
+    asyncio.run(crowd(endpoint.url, clients//4, 0))  # warm: buffers, threads, the allocator
     eventually(lambda: (s := engine.status()).running + s.waiting == 0, 30)
     before = memory(engine)
-    ended = asyncio.run(crowd(endpoint.url, 500, 1))
+    ended = asyncio.run(crowd(endpoint.url, clients, 1))
     eventually(lambda: (s := engine.status()).running + s.waiting == 0, 30)
     answers = [e for e in ended if e != "left"]
-    assert len(ended) == 500 and len(answers) >= 250 and sum(e == "left" for e in ended) > 25
+    assert len(ended) == clients and len(answers) >= clients//2 and sum(e == "left" for e in ended) > clients//20
     for status, headers, text in answers:
         assert status in (200, 429) and (status == 200 or int(headers["retry-after"]) >= 1)
         if status == 200: assert text.endswith("data: [DONE]\n\n") if "event-stream" in headers["content-type"] else json.loads(text)["choices"]
         if status == 200: assert '"error"' not in text
-    assert sum(a[0] == 200 for a in answers) > 50
+    assert sum(a[0] == 200 for a in answers) > clients//10
     eventually(lambda: engine.gauges.get("running", 0) + engine.gauges.get("waiting", 0) == 0, 10)
     again = httpx.post(f"{endpoint.url}/v1/chat/completions", json={"model": "tiny", "messages": HI, "max_tokens": 4}, timeout=60)
     assert again.status_code == 200 and engine.status().healthy and not engine._jobs
@@ -186,7 +187,7 @@ ODD = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.f
 FIELDS = sorted({"messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "top_logprobs", "logit_bias", "tools", "tool_choice", "response_format", "structured_outputs", "stream", "stream_options", "echo", "odd", "input", "tokens"})
 
 
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=80)
 @given(path=st.sampled_from(["v1/chat/completions", "v1/completions", "v1/embeddings", "tokenize", "detokenize"]), changes=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=3))
 def test_no_body_breaks_it(endpoint, path, changes):
     base = {"v1/chat/completions": {"messages": HI, "max_tokens": 2}, "v1/completions": {"prompt": "x", "max_tokens": 2}, "v1/embeddings": {"input": "x"}, "tokenize": {"prompt": "x"}, "detokenize": {"tokens": [5]}}[path]

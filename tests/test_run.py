@@ -18,7 +18,7 @@ from aigc.run.pipeline import load_pipeline, run_order
 from aigc.run.processes import run_processes
 from aigc.run.listing import list_runs
 from aigc.run.record import RunRecord, read_record, runs_folder
-from aigc.run.runner import run_job
+from aigc.run.runner import _new_folder, run_job
 from aigc.run.warm import warm_running
 
 HEAD = "from aigc.run.parameters import check; check(globals())\nimport os, sys, time, pathlib, subprocess\nfrom aigc.core.store import Store\nfrom aigc.run.record import current_run\nrun = current_run()"
@@ -26,19 +26,8 @@ HEAD = "from aigc.run.parameters import check; check(globals())\nimport os, sys,
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    "Jobs of this module are forked from one warm parent; `spawned` tests use kernels."
+    "Jobs of this module are forked from one warm parent; spawned ones use kernels."
     with warm_running(): yield
-
-
-@pytest.fixture
-def spawned(monkeypatch): monkeypatch.setenv("AIGC_SPAWN", "1")
-
-
-@pytest.fixture(params=["forked", "spawned"])
-def both(request, monkeypatch):
-    "Once as a fork of the warm parent, once with a spawned kernel."
-    if request.param == "spawned": monkeypatch.setenv("AIGC_SPAWN", "1")
-    return request.param
 
 
 @pytest.fixture
@@ -128,6 +117,14 @@ def test_run_json_is_frozen(lab):
     assert len(inspect.getsource(RunRecord).splitlines()) <= 40
 
 
+def test_two_runs_never_share_a_folder(lab, monkeypatch):
+    draws = iter(["aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr("aigc.run.runner.secrets.token_hex", lambda n: next(draws))
+    first = _new_folder(lab/"runs", "20260101-120000-sft")
+    (first/"run.json").write_text("mine")
+    assert (first.name[-4:], _new_folder(lab/"runs", "20260101-120000-sft").name[-4:], (first/"run.json").read_text()) == ("aaaa", "bbbb", "mine")
+
+
 # ---- wrong use
 
 def test_wrong_parameters_are_refused_before_the_start(lab):
@@ -156,14 +153,16 @@ def test_plain_papermill_is_as_strict(lab):
 
 # ---- kills
 
-@pytest.mark.parametrize("victims", ["kernel", "child", "supervisor", "supervisor and child"])
-def test_sigkill_leaves_nothing_running(lab, both, victims):
+@pytest.mark.parametrize("victims, way", [("kernel", "forked"), ("child", "spawned"), ("supervisor", "forked"), ("supervisor and child", "spawned"), *(pytest.param(*other, marks=pytest.mark.slow) for other in (
+    ("kernel", "spawned"), ("child", "forked"), ("supervisor", "spawned"), ("supervisor and child", "forked")))])
+def test_sigkill_leaves_nothing_running(lab, monkeypatch, victims, way):
     "The child is the process between the supervisor and the cells: papermill with a kernel below it, or the warm parent whose fork runs the cells."
+    if way == "spawned": monkeypatch.setenv("AIGC_SPAWN", "1")
     supervisor = start(lab, "run", in_pipeline(make_job(lab, "30_count", "steps: int = 400", *COUNTING)))
     run = only_run(lab)
-    assert run.status == "running" and len(run_processes(run.id)) >= (3 if both == "forked" else 4)
+    assert run.status == "running" and len(run_processes(run.id)) >= (3 if way == "forked" else 4)
     kernel = psutil.Process(int((lab/"mark").read_text()))
-    assert (kernel.parent().pid != supervisor.pid) and ("warm" in " ".join(kernel.cmdline())) == (both == "forked")
+    assert (kernel.parent().pid != supervisor.pid) and ("warm" in " ".join(kernel.cmdline())) == (way == "forked")
     whom = {"kernel": [kernel], "child": [kernel.parent()], "supervisor": [psutil.Process(supervisor.pid)], "supervisor and child": [kernel.parent(), psutil.Process(supervisor.pid)]}[victims]
     for process in whom: process.kill()
     until(lambda: only_run(lab).status != "running", 3.0, "a truthful status")

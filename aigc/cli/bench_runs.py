@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .bench import finish
 from .run import console
+from ..core.errors import AigcError
 from ..core.store import Store
 from ..run.listing import list_runs
 from ..run.record import RunRecord, runs_folder, this_host, write_record
@@ -76,7 +77,8 @@ def runs_bench_command(
         begin = time.perf_counter()
         sweep = run_sweep(job, [f"x={','.join(map(str, range(runs)))}"], metric="loss", store=Store(folder/"store"), slots=slots)
         whole = time.perf_counter() - begin
-        assert sweep.best and sweep.best.values == {"x": min(50, runs - 1)} and all(r.status == "succeeded" for r in sweep.rows)
+        if bad := [r for r in list_runs(Store(folder/"store")) if r.status != "succeeded"]: raise AigcError(f"{len(bad)} of {runs} runs did not succeed; {bad[0].id}: {bad[0].status}, {bad[0].error and bad[0].error.message}")
+        assert sweep.best and sweep.best.values == {"x": min(50, runs - 1)} and len(sweep.rows) == runs
         store = Store(folder/"many")
         _records(store, records)
         begin = time.perf_counter(); listed = list_runs(store); first = time.perf_counter() - begin

@@ -86,16 +86,26 @@ def _writing(place: str) -> Iterator[None]:
         raise AigcError("the disk is full" if full else f"it cannot be written ({e.strerror or e})", place=place, remedy="free some room (see: aigc store gc)" if full else "check the folder and its permissions") from e
 
 
+def _new_folder(runs: Path, beginning: str) -> Path:
+    "A folder that no other run has: of two runs that draw the same four letters in one second, one draws again."
+    while True:
+        folder = runs/f"{beginning}-{secrets.token_hex(2)}"
+        try: folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir(): raise  # something else stands in the way
+        else: return folder
+
+
 def _new_run(plan: Plan, store: Store, pipeline: str) -> tuple[Path, RunRecord]:
     "A folder with a first record in it, before anything else happens."
     now = datetime.now(timezone.utc)
-    record = RunRecord(id=f"{now.astimezone():%Y%m%d-%H%M%S}-{plan.job.short}-{secrets.token_hex(2)}", job=plan.job.name, pipeline=pipeline, parameters=plan.parameters, key=plan.key, key_parts=plan.key_parts,
+    record = RunRecord(id="", job=plan.job.name, pipeline=pipeline, parameters=plan.parameters, key=plan.key, key_parts=plan.key_parts,
                        inputs=plan.references, seeds={n: v for n, v in plan.parameters.items() if (n == "seed" or n.endswith("_seed")) and type(v) is int},
                        versions=versions(), git=git_state(plan.job.path.parent), host=this_host(), device=device(), created=now, heartbeat=now)
-    folder = runs_folder(store)/record.id
     with _writing(f"store {store.url}"):
+        folder = _new_folder(runs_folder(store), f"{now.astimezone():%Y%m%d-%H%M%S}-{plan.job.short}")
+        record.id = folder.name
         try:
-            folder.mkdir(parents=True)
             (folder/".reserve").write_bytes(b"\0"*RESERVE_BYTES)
             (folder/"source.ipynb").write_text(plan.text, encoding="utf-8")
             keep_sources(runs_folder(store), folder, plan.sources, plan._paths)
