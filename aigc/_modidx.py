@@ -1873,6 +1873,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'aigc.run.runner._alone': ('run/runner.html#_alone', 'aigc/run/runner.py'),
                                  'aigc.run.runner._cached': ('run/runner.html#_cached', 'aigc/run/runner.py'),
                                  'aigc.run.runner._environment': ('run/runner.html#_environment', 'aigc/run/runner.py'),
+                                 'aigc.run.runner._new_folder': ('run/runner.html#_new_folder', 'aigc/run/runner.py'),
                                  'aigc.run.runner._new_run': ('run/runner.html#_new_run', 'aigc/run/runner.py'),
                                  'aigc.run.runner._prepare_page': ('run/runner.html#_prepare_page', 'aigc/run/runner.py'),
                                  'aigc.run.runner._signals': ('run/runner.html#_signals', 'aigc/run/runner.py'),
