@@ -1,5 +1,6 @@
-"""Ten thousand runs, listed: measured in seconds of this process's CPU, so that a neighbour does not count."""
+"""Ten thousand runs, listed: held to seconds of this process's CPU, so that a neighbour does not count; the clock's seconds are printed beside them."""
 import json
+import os
 import time
 from datetime import datetime, timedelta, timezone
 
@@ -27,15 +28,16 @@ def many(tmp_path, monkeypatch):
     return store
 
 
-def seconds(call) -> float:
-    begin = time.process_time(); call()
-    return time.process_time() - begin
+def seconds(call) -> tuple[float, float]:
+    "Of the processor, of the clock."
+    work, begin = time.process_time(), time.perf_counter(); call()
+    return time.process_time() - work, time.perf_counter() - begin
 
 
 def test_ten_thousand_runs_are_listed(many):
     first, again, newest = seconds(lambda: list_runs(many)), seconds(lambda: list_runs(many)), min(seconds(lambda: list_runs(many, limit=20)) for _ in range(3))
-    print(f"{MANY:,} records: first {first:.3f} s, again {again:.3f} s, the newest twenty {newest:.3f} s of CPU")
-    assert newest < 0.3 and again < 1.0 and first < 2.0  # on an idle machine a third of that
+    print(f"{MANY:,} records, seconds of CPU (of the clock): first {first[0]:.3f} ({first[1]:.3f}), again {again[0]:.3f} ({again[1]:.3f}), the newest twenty {newest[0]:.3f} ({newest[1]:.3f}); load {os.getloadavg()[0]:.1f}")
+    assert newest[0] < 0.3 and again[0] < 1.0 and first[0] < 2.0  # on an idle machine a third of that
     listed = list_runs(many, limit=20)
     assert [r.id for r in listed] == [f"20260101-sft-{MANY - 1 - i:05x}" for i in range(20)] and find_run("last", many)[0].id == listed[0].id
     shown = aigc(many.local.parent, "runs", "list", "--json")
