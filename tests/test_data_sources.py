@@ -1,6 +1,8 @@
 """Where data come from and where they go: the collector as a program (killed, resumed, led astray), packed and remote files, saved data sets, mixtures, filters, the refine job."""
 import bz2
+import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -24,10 +26,17 @@ ROWS = [{"instruction": f"Count to {i}, please", "output": f"Here are the number
 BODY = "".join(json.dumps(r) + "\n" for r in ROWS).encode()
 
 
-def aigc(*words, **more):
-    done = subprocess.run([sys.executable, "-m", "aigc", "data", *map(str, words)], capture_output=True, text=True, timeout=200, **more)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def aigc(*words, env=None):
+    "What the command prints: in this process, as its imports would take longer than its work; in one of its own where the environment is another (file systems are kept)."
+    if env is not None:
+        done = subprocess.run([sys.executable, "-m", "aigc", "data", *map(str, words)], capture_output=True, text=True, timeout=200, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    from aigc.cli.main import main
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try: main(["data", *map(str, words)])
+        except SystemExit as e: assert not e.code, said.getvalue()
+    return said.getvalue()
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -72,6 +81,13 @@ def test_collector_is_killed_and_fetches_only_the_rest(site, tmp_path):
     assert refined["read"] == 20_000 and refined["reasons"]["exact_duplicate"] == 19_950
     report = json.loads((tmp_path/"out"/"report.json").read_text())
     assert report["files"][0]["url"].endswith("/big.jsonl") and report["files"][0]["sha256"] == file["sha256"] and "/big.jsonl" in (tmp_path/"out"/"report.html").read_text()
+
+
+def test_an_allowed_address_is_an_address(tmp_path, capsys):
+    from aigc.cli.main import main
+    with pytest.raises(SystemExit) as left: main(["data", "collect", "http://localhost:9/a.jsonl", "--out", str(tmp_path/"raw"), "--allow-address", "localhost"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: ") and "'localhost' is no address" in said and "10.1.0.0/16" in said and "Traceback" not in said
 
 
 def test_a_name_that_changes_its_mind_leads_nowhere(site, monkeypatch):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core.errors import UsageError, require
 from ..core.progress import track
@@ -32,6 +32,14 @@ class Manners(BaseModel):
     tries: int = Field(3, ge=1, description="tries of one file when the connection breaks or the server says 429 or 5xx")
     timeout: float = Field(30.0, gt=0, description="seconds without a byte after which a connection counts as broken")
     allow: tuple[str, ...] = Field((), description="addresses (10.1.2.3, 10.1.0.0/16) that may be used though they are not public")
+
+    @field_validator("allow")
+    @classmethod
+    def _addresses(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for a in given:
+            try: ipaddress.ip_network(a, strict=False)
+            except ValueError: raise UsageError(f"'{a}' is no address", place="allowed addresses (--allow-address)", remedy="write 10.1.2.3 or 10.1.0.0/16; a name may lead anywhere") from None
+        return given
 
 
 class Refused(Exception):
