@@ -14,7 +14,7 @@ CASES = [("5M", {}, 8, 256), ("30M", {}, 8, 256), ("30M", dict(lora_rank=0), 4, 
          ("135M", {}, 4, 256), ("135M", dict(adapter="dora"), 2, 256), ("135M", dict(lora_rank=0), 2, 256)]
 UNSEEN = [("wide", {}, 8, 256), ("deep", {}, 4, 320), ("wide", dict(lora_rank=0), 4, 192), ("large head", {}, 4, 256), ("deep", dict(activation_checkpointing=True), 8, 256)]  # nothing was fitted on these
 CHILD = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +38,8 @@ while len(encode(tokenizer, *row(0, n + 8).prompt_completion())[0]) <= longest: 
 records = [row(i, n) for i in range(3*rows)]
 longest = len(encode(tokenizer, *records[0].prompt_completion())[0])
 train(config, folder, records, folder=folder + "/run")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+from aigc.train.watch import peak_memory
+peak = peak_memory()
 memory = estimate_memory(model_shape(folder), config, rows=rows, longest=longest, device="cpu")
 print(json.dumps(dict(peak=peak, longest=longest, **memory.to_dict())))
 """

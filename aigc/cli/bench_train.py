@@ -127,10 +127,10 @@ def _step_figures(model: str, records: list, pairs: int) -> dict[str, Any]:
 def _preflight_figures(model: str, records: list, held: list) -> dict[str, Any]:
     from aigc.train.preflight import preflight
     preflight({}, model, records[:2])  # imports
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     preflight({}, model, records, held)
-    found = dict(rows=len(records), seconds=round(time.perf_counter() - start, 2))
-    typer.echo(f"preflight of {found['rows']} rows: {found['seconds']} s")
+    found = dict(rows=len(records), seconds=round(time.perf_counter() - start, 2), cpu_seconds=round(time.process_time() - cpu, 2))
+    typer.echo(f"preflight of {found['rows']} rows: {found['seconds']} s, {found['cpu_seconds']} s of processor time; load {os.getloadavg()[0]:.1f}")
     return found
 
 

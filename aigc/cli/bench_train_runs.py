@@ -98,5 +98,5 @@ def table(kept: dict[str, Any]) -> str:
     def three(i): return f"{i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]"
     rows = [f"| {part} | {f['steps']} steps, {f['seconds']/60:.0f} min, load {f['load_average']} | {f['metric']}, {f['held_out']} rows | {three(f['before'])} | {three(f['after'])} | {three(f['difference'])} | {f['verdict']} | {f['neutral_perplexity'][0]:.1f} → {f['neutral_perplexity'][1]:.1f} |" for part, f in kept.items() if "verdict" in f]
     step = [f"Step: ours {s['step_s']:.2f} s, plain TRL {s['trl_step_s']:.2f} s, ratio {s['ratio']:.3f} [{s['ratio_low']:.3f}, {s['ratio_high']:.3f}] over {s['pairs']} pairs; peak {s['peak_bytes']/1e9:.2f} GB beside {s['trl_peak_bytes']/1e9:.2f} GB; load {s['load_average']}." for s in [kept.get("step")] if s]
-    flight = [f"Preflight of {p['rows']} rows: {p['seconds']} s; load {p['load_average']}." for p in [kept.get("preflight")] if p]
+    flight = [f"Preflight of {p['rows']} rows: {p['seconds']} s, {p['cpu_seconds']} s of processor time; load {p['load_average']}." for p in [kept.get("preflight")] if p]
     return "\n".join(["| part | run | measure | before | after | difference | verdict | neutral perplexity |", "|---|---|---|---|---|---|---|---|", *rows, "", *step, "", *flight])

@@ -53,8 +53,11 @@ def peak_memory() -> float:
     "Bytes: the largest resident size of this process so far, or what CUDA has reserved at most."
     import torch
     if torch.cuda.is_available() and torch.cuda.is_initialized(): return float(torch.cuda.max_memory_reserved())
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1024.0 if sys.platform != "darwin" else 1.0)
+    try:  # getrusage begins at the size of the program that started this one: a small child of a large process would seem as large
+        with open("/proc/self/status") as f: return next(float(line.split()[1])*1024 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1024.0 if sys.platform != "darwin" else 1.0)
 
 
 class Lines(TrainerCallback):
