@@ -178,6 +178,16 @@ def test_rewards_that_are_all_alike_stop_the_run(tiny, tmp_path):
     with pytest.raises(AigcError, match="all answers to a question have had the same reward since step 1"): train(train_config(values), tiny, sums, folder=tmp_path)
 
 
+def test_answers_that_grow_stop_the_run(tiny, tmp_path):
+    "A model that says 'Yes.', sometimes more, and a reward for words that a long answer has more of."
+    short = [Record(id=f"r{i}", messages=[turn("user", f"def f{i}(y)"), turn("assistant", "Yes." if i % 4 else "Yes. " + "Return "*12)]) for i in range(16)]
+    taught = train(train_config(dict(BASE, lora_rank=0, learning_rate=2e-3, epochs=12.0)), tiny, short, folder=tmp_path/"taught")
+    values = dict(method="grpo", lora_rank=16, learning_rate=2e-2, batch_size=8, generations=8, rewards=["overlap"], answer_tokens=48, max_steps=24, precision="fp32", log_steps=1, check_steps=50, warmup=0.0)
+    wordy = [Record(id=f"g{i}", messages=[turn("user", f"def f{i}(y)"), turn("assistant", "Return "*40)]) for i in range(8)]
+    with pytest.raises(AigcError, match="the answers have grown from .* length is being rewarded; add 'length' to rewards"):
+        train(train_config(values), str(taught.path), wordy, folder=tmp_path)
+
+
 # --- bitsandbytes -------------------------------------------------------------------------------------------------------
 
 def test_qlora_over_bitsandbytes(tiny, tmp_path):
