@@ -790,6 +790,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aigc.data.web.Collector.open': ('data/web.html#collector.open', 'aigc/data/web.py'),
                                'aigc.data.web.Fetched': ('data/web.html#fetched', 'aigc/data/web.py'),
                                'aigc.data.web.Manners': ('data/web.html#manners', 'aigc/data/web.py'),
+                               'aigc.data.web.Manners._addresses': ('data/web.html#manners._addresses', 'aigc/data/web.py'),
                                'aigc.data.web.Refused': ('data/web.html#refused', 'aigc/data/web.py'),
                                'aigc.data.web.Refused.__init__': ('data/web.html#refused.__init__', 'aigc/data/web.py'),
                                'aigc.data.web._checked_address': ('data/web.html#_checked_address', 'aigc/data/web.py'),
