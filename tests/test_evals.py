@@ -116,6 +116,7 @@ def test_a_wrong_parameter_is_one_sentence(place, tmp_path):
     assert done.returncode != 0 and "did you mean 'test'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stopped(place):
     "SIGKILL of everything in the middle of `aigc run evaluate`; the same command then asks only what is missing."
     words = [sys.executable, "-m", "aigc", "run", "evaluate", "--set", "model=tiny", "--set", f"data={place/'data'}", "--set", "limit=0", "--set", "max_tokens=100", "--set", "batch_size=1", "--set", "out=killed"]
