@@ -189,6 +189,7 @@ def test_vllm_serves_what_we_export(tmp_path):
     ids = tokenizer("The capital of France is").input_ids
     ours = model.generate(torch.tensor([ids]), max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(ids):].tolist()
     run = subprocess.run([str(python), "-c", VLLM, str(tmp_path/"out"), json.dumps(ids)], env=os.environ | {"VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=tmp_path)
+    if run.returncode == -signal.SIGILL: missing("a processor that vLLM's CPU build runs on (AVX-512)")
     assert run.returncode == 0 and "LOADED" in run.stdout, (run.stdout + run.stderr)[-3000:]
     if "TOKENS" not in run.stdout: return print("\n  loaded;", run.stdout.strip().splitlines()[-1])
     theirs = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("TOKENS"))[7:])
