@@ -99,15 +99,15 @@ def test_promotion_and_rollback_under_load_fail_no_request(start, tmp_path):
     from aigc.serve.releases import Releases, full_ref
     from aigc.serve.routing import HttpBackend
     store = Store(tmp_path/"store")
-    releases, stubs = Releases(store), {}
+    releases, stubs = Releases(store), []
     for n in range(1, 4):
         with (work := store.writing("model", f"docs{n}")) as folder: (folder/"config.json").write_text("{}")
         releases.create("docs", full_ref(work.artifact))
 
     def make(release, name, releases):
         if release.version == 3: raise RuntimeError("damaged")
-        stubs[release.id] = StubProcess(name=release.id, words=5, seconds=0.005)
-        return HttpBackend(release.id, stubs[release.id].url, model=name)
+        stubs.append(StubProcess(name=release.id, words=5, seconds=0.005))
+        return HttpBackend(release.id, stubs[-1].url, model=name)
     releases.promote("docs", 1, override="a test")
     g = start((), models={"docs": {"release": "docs", "canary_percent": 20, "sticky": "none"}}, follow_seconds=0.1, follower=lambda gateway: Follower(gateway, releases, make=make))
     done, stop = [], threading.Event()
@@ -136,7 +136,7 @@ def test_promotion_and_rollback_under_load_fail_no_request(start, tmp_path):
     finally:
         stop.set()
         for t in threads: t.join()
-        for s in stubs.values(): s.kill()
+        for s in stubs: s.kill()
     assert {(status, whole) for status, _, _, whole in done} == {(200, True)} and all(variant == text for _, variant, text, _ in done) and done[-1][1] == "docs:1", done[-3:]
 
 
