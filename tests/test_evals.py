@@ -91,6 +91,7 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs): self.found += [v for k, v in attrs if k in ("src", "href")] + ([tag] if tag in ("script", "link", "iframe", "img") else [])
 
 
+@pytest.mark.slow
 def test_the_job_under_plain_papermill(place, tmp_path):
     done = papermill(place, tmp_path/"out.ipynb", "-y", json.dumps(dict(model="tiny", models=["tiny", "model/rounded"], names=["base", "again", "rounded"], source="tiny", data=str(place/"data"), limit=8, max_tokens=6, batch_size=4, out="judged")))
     assert done.returncode == 0, done.stderr[-2000:]
