@@ -78,6 +78,7 @@ def _print_version():
 # %% ../../nbs/cli/00_main.ipynb #66993fb2
 def main(arguments: list[str] | None = None) -> None:
     "The console script: an `AigcError` becomes one sentence on stderr and its exit code; Ctrl-C becomes 130."
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema, which nbformat imports, would build a grammar of IRIs for 2.5 s; no notebook has one, and this process is ours
     try: app(arguments, standalone_mode=True)
     except AigcError as e:
         print(f"error: {e}", file=sys.stderr)
