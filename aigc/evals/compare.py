@@ -10,15 +10,14 @@ import gc, random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from aigc_kernels.ops import multiplies_bf16
 from ..core.errors import AigcError, UsageError
 from ..core.store import Store, is_ref
 from ..data.records import dataset_path, dataset_ref, load_split
 from .drift import Drift, answer_sequences, drift
 from .measure import conditions, decode_speed, evaluate_model, fitting, load, measurement_key, read_items, weight_bytes
 from .report import EvalReport, Subject, make_report
-from ..models.generate import TransformersGenerator
+from ..models.generate import load_generator
 from ..models.sources import adapter_base, load_model, load_tokenizer, model_path, model_ref
 
 # %% ../../nbs/evals/08_compare.ipynb #94173876
@@ -79,8 +78,8 @@ def _measure(label: str, ref: str, questions: dict[str, list], folder: Path, key
     asked = {(i.split, i.id) for i in read_items(out) if (i.key, i.model) == (key, label)}
     if label in done and all((split, r.id) in asked for split, records in questions.items() for r in records): return done[label]
     before = load()
-    model, tokenizer = load_model(ref, store=store)
-    generator = TransformersGenerator(model, tokenizer, batch_size=batch_size, name=label)
+    generator = load_generator(ref, batch_size=batch_size, store=store)
+    generator.name, model, tokenizer = label, generator.model, generator.tokenizer
     for split, records in questions.items(): evaluate_model(generator, records, out=out, key=key, label=label, split=split, max_tokens=max_tokens, batch_size=batch_size)
     prompts = [ids[:start] for ids, start in answer_sequences(tokenizer, next(iter(questions.values()))[:speed_prompts])] if speed_prompts else []
     subject = Subject(label=label, ref=ref, bytes=sum(map(weight_bytes, _folders(ref, store))), decode=decode_speed(model, prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
@@ -95,7 +94,7 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
 # %% ../../nbs/evals/08_compare.ipynb #2abdf3c7
 def _wide(model, tokenizer):
     "In fp32 where the processor cannot multiply bf16 (it takes some eight times as long there); the weights are the same numbers."
-    if model.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(): return model, tokenizer
+    if multiplies_bf16(model.device): return model, tokenizer
     if getattr(model, "hf_quantizer", None) is not None: model.dequantize()
     return model.float(), tokenizer
 

@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 
 from ..core.errors import AigcError, UsageError, require
 from ..core.progress import track
-from .sources import load_model
+from aigc_kernels.ops import multiplies_bf16
+from .sources import auto_device, load_model
 from .template import end_of_turn, render
 
 # %% ../../nbs/models/40_generate.ipynb #5bf32adf
@@ -554,7 +555,8 @@ class OpenAIGenerator:
         with ThreadPoolExecutor(self.parallel) as pool: return list(track(pool.map(score, zip(prompt_ids, completion_ids, strict=True)), f"{self.name} scores", total=len(prompt_ids)))
 
 # %% ../../nbs/models/40_generate.ipynb #cbddfeed
-def load_generator(name: str, *, batch_size: int = 8, **load) -> TransformersGenerator:
-    "The model called `name` as a generator; `load` goes to `load_model` (dtype, device, store)."
-    model, tokenizer = load_model(name, **load)
+def load_generator(name: str, *, batch_size: int = 8, dtype=None, device: str | None = None, store=None) -> TransformersGenerator:
+    "The model called `name` as a generator. `dtype=None`: the checkpoint's own, on a processor that does not multiply bf16 fp32 (the same weights, several times as fast)."
+    device = device or auto_device()
+    model, tokenizer = load_model(name, dtype=dtype or (None if multiplies_bf16(device) else torch.float32), device=device, store=store)
     return TransformersGenerator(model, tokenizer, batch_size=batch_size, name=str(name))

@@ -13,12 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/quant/10_layers.ipynb #22e0d0a2
-from aigc_kernels.ops import w4_layout, w4a16_mm, w8_layout, w8a16_mm
+from aigc_kernels.ops import multiplies_bf16, w4_layout, w4a16_mm, w8_layout, w8a16_mm
 from aigc_kernels.packing import dequantize_packed
 from .format import QuantConfig, QuantTensor, tensor_shapes
 
 # %% ../../nbs/quant/10_layers.ipynb #d8ad147e
 DENSE_ROWS = 64  # rows from which a CPU is faster with the dequantized weight
+
+
+def _dense(rows: Tensor, weight: Tensor) -> Tensor:
+    "`rows` times the transposed dense weight, in fp32 where the processor does not multiply bf16."
+    kind = torch.bfloat16 if multiplies_bf16(rows.device) else torch.float32
+    return F.linear(rows.to(kind), weight.to(kind)).to(rows.dtype)
+
+
+class _Product(torch.autograd.Function):
+    "A layer's product. The gradient goes through the dequantized weight, made again for it: no dense copy waits for the backward pass."
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, layer: "QuantLinear") -> Tensor:
+        ctx.layer = layer
+        return layer._product(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor): return _dense(grad, ctx.layer.dequantize().t()), None
 
 
 class QuantLinear(nn.Module):
@@ -69,13 +87,15 @@ class QuantLinear(nn.Module):
         self._layout = None
         return super()._load_from_state_dict(*arguments, **named)
 
+    def _product(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] >= DENSE_ROWS and rows.device.type == "cpu": return _dense(rows, self.dequantize())
+        if self._layout is None: self.prepare()
+        if self._order is not None: rows = rows[:, self._order]
+        return w4a16_mm(rows, *self._layout, self.group_size) if self.bits == 4 else w8a16_mm(rows, *self._layout)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if rows.shape[0] >= DENSE_ROWS and x.device.type == "cpu": y = F.linear(rows.to(torch.bfloat16), self.dequantize()).to(x.dtype)
-        else:
-            if self._layout is None: self.prepare()
-            if self._order is not None: rows = rows[:, self._order]
-            y = w4a16_mm(rows, *self._layout, self.group_size) if self.bits == 4 else w8a16_mm(rows, *self._layout)
+        y = _Product.apply(rows, self) if rows.requires_grad and torch.is_grad_enabled() else self._product(rows)
         if self.bias is not None: y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -17,7 +17,7 @@ from ..core.errors import AigcError, UsageError
 from ..core.store import Store
 from ..data.records import Record
 from ..evals.statistics import Interval, mean_interval, paired_bootstrap
-from ..models.generate import TransformersGenerator
+from ..models.generate import TransformersGenerator, load_generator
 from ..models.sources import load_model
 from ..models.template import encode
 from .verdict import Verdict, _answers, before_and_after, neutral_perplexity
@@ -39,9 +39,9 @@ def _both(before: str, after: str, score: Callable[[Any, Any], Any], store: Stor
     "What `score(model, tokenizer)` says of each of the two models, and their perplexity on neutral text."
     found, neutral = [], []
     for name in (before, after):
-        model, tokenizer = load_model(name, store=store)
-        found.append(score(model, tokenizer)); neutral.append(neutral_perplexity(model, tokenizer))
-        del model
+        loaded = load_generator(name, store=store)
+        found.append(score(loaded.model, loaded.tokenizer)); neutral.append(neutral_perplexity(loaded.model, loaded.tokenizer))
+        del loaded
     return found, (neutral[0], neutral[1])
 
 

@@ -18,8 +18,7 @@ from ..core.store import Store
 from ..data.records import Record
 from ..evals.scores import rouge_l
 from ..evals.statistics import Interval, mean_interval, paired_bootstrap
-from ..models.generate import Request, TransformersGenerator
-from ..models.sources import load_model
+from ..models.generate import Request, load_generator
 
 # %% ../../nbs/train/80_verdict.ipynb #0010e9ab
 NEUTRAL = ["The river rises in the mountains and reaches the sea after some three hundred kilometres. In spring, when the snow melts, it often floods the lower meadows.",
@@ -86,10 +85,10 @@ class Verdict:
 
 # %% ../../nbs/train/80_verdict.ipynb #5c507e5e
 def _answers(name: str, asked: Sequence[Record], max_tokens: int, store: Store | None) -> tuple[list[str], float]:
-    model, tokenizer = load_model(name, store=store)
+    generator = load_generator(name, batch_size=16, store=store)
     prompts = [r.prompt_completion()[0] if r.messages is not None else [m.as_dict() for m in r.prompt] for r in asked]
-    said = TransformersGenerator(model, tokenizer, batch_size=16).generate([Request(messages=p, max_tokens=max_tokens) for p in prompts])
-    return [c.text.strip() for c in said], neutral_perplexity(model, tokenizer)
+    said = generator.generate([Request(messages=p, max_tokens=max_tokens) for p in prompts])
+    return [c.text.strip() for c in said], neutral_perplexity(generator.model, generator.tokenizer)
 
 
 def before_and_after(before: str, after: str, records: Sequence[Record], *, metric: Callable[[str, str], float] = rouge_l, name: str = "ROUGE-L", limit: int = 32, max_tokens: int = 64, store: Store | None = None) -> Verdict:

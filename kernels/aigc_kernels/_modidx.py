@@ -55,6 +55,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'aigc_kernels.ops._refuse': ('kernels/ops.html#_refuse', 'aigc_kernels/ops.py'),
                                   'aigc_kernels.ops._triton_multiplies': ('kernels/ops.html#_triton_multiplies', 'aigc_kernels/ops.py'),
                                   'aigc_kernels.ops._triton_runs_on': ('kernels/ops.html#_triton_runs_on', 'aigc_kernels/ops.py'),
+                                  'aigc_kernels.ops.multiplies_bf16': ('kernels/ops.html#multiplies_bf16', 'aigc_kernels/ops.py'),
                                   'aigc_kernels.ops.w4_layout': ('kernels/ops.html#w4_layout', 'aigc_kernels/ops.py'),
                                   'aigc_kernels.ops.w4a16_mm': ('kernels/ops.html#w4a16_mm', 'aigc_kernels/ops.py'),
                                   'aigc_kernels.ops.w8_layout': ('kernels/ops.html#w8_layout', 'aigc_kernels/ops.py'),
