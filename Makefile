@@ -16,7 +16,7 @@ demo: $(READY)                ## from source code on this machine to a served mo
 	$(BIN)/aigc demo
 
 test: test-notebooks          ## notebook lessons, then what crosses rooms; under 25 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 -r R --durations=25
 
 test-notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m aigc._nbx test

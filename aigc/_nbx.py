@@ -62,23 +62,9 @@ def _rehearsed() -> set[Path]:
     return {(nbs / "jobs" / f"{step['job']}.ipynb").absolute() for step in yaml.safe_load((nbs / "pipelines" / "smoke.yaml").read_text(encoding="utf-8"))["jobs"].values()}
 
 
-def test(path: str = "", workers: int = 2, slow: bool = False) -> int:
-    """Run the notebooks below `path` as tests; returns how many failed.
-
-    nbdev-test lets several notebooks share a process, so that one's monkey patches and registered operators reach the next. Here each gets a fork of its own
-    from a parent that has imported the slow libraries."""
+def _run(files: list[Path], workers: int, slow: bool) -> list[Path]:
+    "Run notebooks, so many at a time, each in a fork of its own; returns those that failed."
     import multiprocessing.connection
-    import tempfile
-    from nbdev.doclinks import nbglob
-    os.environ.setdefault("AIGC_STORE", tempfile.mkdtemp(prefix="aigc-test-"))  # jobs are notebooks too: they leave the workspace's store alone
-    files = sorted(Path(f).absolute() for f in nbglob(path or None, as_path=True))
-    if not path and not slow:
-        rehearsed = _rehearsed()
-        print(f"left to tests/test_readme.py: {', '.join(sorted(f.name for f in files if f in rehearsed))}")
-        files = [f for f in files if f not in rehearsed]
-    if slow: files = [f for f in files if '"#| slow' in f.read_text(encoding="utf-8")]
-    warm()
-    os.chdir(get_config().nbs_path)
     failed, waiting, running, context = [], files[::-1], {}, multiprocessing.get_context("fork")
     while waiting or running:
         while waiting and len(running) < workers:
@@ -92,8 +78,30 @@ def test(path: str = "", workers: int = 2, slow: bool = False) -> int:
             except EOFError: name, passed, seconds, work = str(notebook.relative_to(get_config().nbs_path)), False, 0.0, 0.0  # killed by a signal: a pool would wait for it for ever
             child.join()
             print(f"{'ok    ' if passed else 'FAILED'} {seconds:5.1f} s ({work:5.1f})  {name}" + (f"  (exit code {child.exitcode})" if child.exitcode else ""), flush=True)
-            if not passed: failed.append(name)
+            if not passed: failed.append(notebook)
+    return failed
+
+
+def test(path: str = "", workers: int = 2, slow: bool = False) -> int:
+    """Run the notebooks below `path` as tests; returns how many failed.
+
+    nbdev-test lets several notebooks share a process, so that one's monkey patches and registered operators reach the next. Here each gets a fork of its own
+    from a parent that has imported the slow libraries. A few that failed beside others are run once more, alone, and named when they pass then."""
+    import tempfile
+    from nbdev.doclinks import nbglob
+    os.environ.setdefault("AIGC_STORE", tempfile.mkdtemp(prefix="aigc-test-"))  # jobs are notebooks too: they leave the workspace's store alone
+    files = sorted(Path(f).absolute() for f in nbglob(path or None, as_path=True))
+    if not path and not slow:
+        rehearsed = _rehearsed()
+        print(f"left to tests/test_readme.py: {', '.join(sorted(f.name for f in files if f in rehearsed))}")
+        files = [f for f in files if f not in rehearsed]
+    if slow: files = [f for f in files if '"#| slow' in f.read_text(encoding="utf-8")]
+    warm()
+    os.chdir(get_config().nbs_path)
+    first = failed = _run(files, workers, slow)
+    if first and len(first) < min(5, len(files)): failed = _run(first, 1, slow)
     print(f"notebooks: {len(files) - len(failed)} passed, {len(failed)} failed", flush=True)
+    if again := [f.name for f in first if f not in failed]: print(f"passed only alone, at the second try: {', '.join(again)}", flush=True)
     return len(failed)
 
 

@@ -218,9 +218,9 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path, repo):
     assert resumed.resumed_from == 8 and resumed.history == uninterrupted.history and resumed.best_step == uninterrupted.best_step
     a, b = weights(resumed.path), weights(uninterrupted.path)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    start = time.monotonic()
+    start = time.process_time()
     assert train(train_config(CONFIG), tiny, chats()[2:], chats()[:2], folder=tmp_path/"killed").history == resumed.history
-    assert time.monotonic() - start < 2, "a run that ended is not trained again"
+    assert time.process_time() - start < 2, "a run that ended is not trained again"
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(tiny, tmp_path, monkeypatch):
