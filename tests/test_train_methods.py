@@ -123,18 +123,40 @@ def test_tokens_before_the_row(adapter, tiny, tmp_path):
     with pytest.raises(UsageError, match="set activation_checkpointing to false"): train_config(dict(adapter=adapter, activation_checkpointing=True))
 
 
-def test_an_adapter_on_our_quantized_base(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def packed(tiny, tmp_path_factory) -> str:
+    "The test model in four bits."
     import aigc.quant.plugin  # noqa: F401
     from aigc.models.sources import load_model
     from aigc.quant.format import FORMATS
     from aigc.quant.methods import quantize_model
     model, tok = load_model(tiny, device="cpu")
     quantize_model(model, FORMATS["w4a16"].model_copy(update={"method": "rtn"}))
-    model.save_pretrained(tmp_path/"w4"); tok.save_pretrained(tmp_path/"w4")
-    done = train(train_config(dict(BASE, epochs=3.0)), str(tmp_path/"w4"), chats(), folder=tmp_path)
-    assert losses(done)[-1] < losses(done)[0] - 0.1
-    assert set(weights(done.path)) and all("lora" in k for k in weights(done.path))
-    with pytest.raises(AigcError, match="packed weights cannot be trained"): train(train_config(dict(BASE, lora_rank=0)), str(tmp_path/"w4"), chats(), folder=tmp_path)
+    folder = tmp_path_factory.mktemp("packed")
+    model.save_pretrained(folder); tok.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("batch", [1, 4], ids=["few_tokens", "many_tokens"])
+def test_an_adapter_learns_over_a_packed_weight_as_over_its_numbers(batch, packed, tmp_path, monkeypatch, recwarn):
+    "Few rows go through the kernel, many through the dequantized weight; the gradient is that of plain linear layers with the same numbers, with activations kept or computed again."
+    import aigc.quant.plugin  # noqa: F401
+    from aigc.models.sources import load_model
+    from aigc.quant.layers import DENSE_ROWS, QuantLinear
+    model, tok = load_model(packed, device="cpu", dtype=torch.float32)
+    plain = model.dequantize() or model
+    plain.to(torch.float32).save_pretrained(tmp_path/"plain"); tok.save_pretrained(tmp_path/"plain")
+    seen, product = [], QuantLinear._product
+    monkeypatch.setattr(QuantLinear, "_product", lambda self, rows: (seen.append(rows.shape[0]), product(self, rows))[1])
+    values = dict(BASE, batching="random", batch_size=batch, max_steps=4, epochs=4.0)
+    over, again, numbers = (train(train_config(values | more), base, chats(), folder=tmp_path/name) for name, base, more in
+                            (("over", packed, {}), ("again", packed, dict(activation_checkpointing=True)), ("numbers", str(tmp_path/"plain"), {})))
+    assert (max(seen) < DENSE_ROWS) if batch == 1 else (min(seen) >= DENSE_ROWS)
+    assert losses(over)[-1] < losses(over)[0] - 0.1 and set(weights(over.path)) and all("lora" in k for k in weights(over.path))
+    assert losses(over) == losses(again) and losses(over, "grad_norm") == losses(again, "grad_norm") and same_weights(over, again)
+    assert losses(over) == pytest.approx(losses(numbers), abs=0.02) and losses(over, "grad_norm") == pytest.approx(losses(numbers, "grad_norm"), rel=0.05)
+    assert not [w for w in recwarn if "Unsupported layer type" in str(w.message)]
+    with pytest.raises(AigcError, match="packed weights cannot be trained"): train(train_config(dict(BASE, lora_rank=0)), packed, chats(), folder=tmp_path)
 
 
 # --- what is looked at on the way ---------------------------------------------------------------------------------------

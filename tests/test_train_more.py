@@ -1,6 +1,7 @@
 """Reward models, off-policy distillation, reading on; thoughts, cached tokens, what training hands over to serving; real runs that degenerate and are stopped."""
 import json
 import os
+import shutil
 
 import pytest
 
@@ -170,6 +171,35 @@ WILD = dict(method="dpo", learning_rate=0.03, epochs=12.0, batch_size=4, log_ste
 def test_a_gradient_of_nought_stops_the_run(tiny, tmp_path):
     with pytest.raises(AigcError, match="the gradient has been exactly zero since step"):
         train(train_config(WILD | dict(loss="hinge", beta=1.0, learning_rate=5e-3)), tiny, pairs(8), folder=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def by_heart(tiny, tmp_path_factory) -> str:
+    "A test model that knows one short answer by heart."
+    values = dict(BASE, lora_rank=0, learning_rate=1e-2, warmup=0.0, schedule="constant_with_warmup", batch_size=2, epochs=30.0)
+    one = [Record(id="r", messages=[turn("user", "def f(y)"), turn("assistant", "Yes.")])]*2
+    done = train(train_config(values), tiny, one, folder=tmp_path_factory.mktemp("by_heart"))
+    assert losses(done)[-1] < 0.01
+    return str(done.path)
+
+
+def test_a_loss_of_nought_stops_the_run(by_heart, tmp_path):
+    "What very many epochs on the same row do to a model, here at once: its logits grow until every other token has a probability that is no number of fp32 any more."
+    from safetensors.torch import load_file, save_file
+    weights = load_file(f"{by_heart}/model.safetensors")
+    weights["model.norm.weight"] *= 20
+    certain = tmp_path/"certain"; shutil.copytree(by_heart, certain)
+    save_file(weights, certain/"model.safetensors", metadata={"format": "pt"})
+    again = [Record(id=f"r{i}", messages=[turn("user", "def f(y)"), turn("assistant", "Yes.")]) for i in range(8)]
+    with pytest.raises(AigcError, match="sft training: the loss has been exactly zero since step 1: .* or the model is certain of every answer already"):
+        train(train_config(dict(BASE, epochs=4.0)), str(certain), again, folder=tmp_path)
+
+
+def test_chosen_answers_that_fall_stop_the_run(by_heart, tmp_path):
+    "Both answers fall, the chosen one too: the two differ in one sign, the steps are far too large, and a tiny beta lets the model go anywhere."
+    near = [Record(id=f"p{i}", prompt=[turn("user", "def f(y)")], chosen=[turn("assistant", "Yes.")], rejected=[turn("assistant", "Yes!")]) for i in range(8)]
+    with pytest.raises(AigcError, match=r"dpo training: the chosen answers have become .* times less likely at each token than before the training .* lower learning_rate \(now 0.02\), or raise beta \(now 0.01\) or sft_weight"):
+        train(train_config(WILD | dict(learning_rate=0.02, beta=0.01)), by_heart, near, folder=tmp_path)
 
 
 def test_rewards_that_are_all_alike_stop_the_run(tiny, tmp_path):

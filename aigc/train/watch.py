@@ -206,7 +206,7 @@ def diagnose(history: list[dict[str, Any]], config: TrainConfig, answer_tokens: 
     if checks and not math.isfinite(checks[-1]["validation_loss"]): return f"at step {checks[-1]['step']} the validation loss is {checks[-1]['validation_loss']}; lower learning_rate (now {config.learning_rate:g}) or set precision to fp32"
     if len(recent) < IN_A_ROW: return ""
     if config.method == "grpo": return _diagnose_rewards(rows, recent, config)
-    if config.method in ("sft", "pretrain") and all(r["loss"] == 0.0 for r in recent): return f"the loss has been exactly zero since step {recent[0]['step']}, so no token is trained; look at the mask: aigc train preflight"
+    if config.method in ("sft", "pretrain") and all(r["loss"] == 0.0 for r in recent): return f"the loss has been exactly zero since step {recent[0]['step']}: no token is trained, or the model is certain of every answer already; look at the mask and the rows: aigc train preflight"
     if all(r.get("grad_norm", 1.0) == 0.0 for r in recent): return f"the gradient has been exactly zero since step {recent[0]['step']}, so nothing is learned; check that the answers differ and that tokens are trained"
     return _diagnose_preferences(recent, config, answer_tokens) if config.method in ("dpo", "kto") else ""
 
