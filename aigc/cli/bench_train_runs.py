@@ -18,8 +18,8 @@ from ..core.store import Store
 # %% ../../nbs/cli/95_bench_train_runs.ipynb #95557457
 RECIPES: dict[str, dict[str, Any]] = {  # method, training rows, held-out rows, settings
     "sft": dict(method="sft", limit=480, compared=64, settings=dict(epochs=1.0, batch_size=8)),
-    "qlora": dict(method="sft", limit=240, compared=64, settings=dict(epochs=1.0, batch_size=8)),
-    "dpo": dict(method="dpo", limit=640, compared=100, settings=dict(epochs=1.0, batch_size=8, learning_rate=1e-4)),
+    "qlora": dict(method="sft", limit=80, compared=40, settings=dict(epochs=1.0, batch_size=8)),
+    "dpo": dict(method="dpo", limit=240, compared=100, settings=dict(epochs=1.0, batch_size=8, learning_rate=3e-4)),
     "kto": dict(method="kto", limit=40, compared=40, settings=dict(epochs=1.0, batch_size=4, max_length=320, learning_rate=1e-4)),
     "grpo": dict(method="grpo", limit=40, compared=60, settings=dict(rewards=["number"], batch_size=8, generations=4, answer_tokens=16, epochs=1.0, learning_rate=2e-4)),
     "distill": dict(method="distill", limit=160, compared=48, settings=dict(epochs=2.0, batch_size=8, lora_rank=0, learning_rate=3e-4, beta=0.0, own_answers=0.0)),
