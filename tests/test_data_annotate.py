@@ -14,7 +14,7 @@ from aigc.data.classifier import fit, labelled
 from aigc.data.records import Record, write_jsonl
 from aigc.data.semantic import embed
 
-pytestmark = [pytest.mark.slow, pytest.mark.services]
+pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(1800)]  # the first test waits for the server, too
 
 
 def answers(n):
