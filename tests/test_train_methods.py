@@ -175,6 +175,9 @@ def test_samples_scores_and_checkpoints_kept(tiny, tmp_path):
     assert scored.best_step == best["step"]
     exact = train(train_config(values | dict(select_by="exact", select_rows=1, patience=1)), tiny, chats()[4:], chats()[:4], folder=tmp_path/"d")
     assert exact.steps < done.steps and set(losses(exact, "task_score")) == {0.0}  # never right: stopped early
+    from types import SimpleNamespace
+    from aigc.train.watch import Samples
+    assert [len(Samples(train_config(values | dict(select_by="exact", select_rows=n)), tmp_path/"s", SimpleNamespace(rows=[{}]*4)).rows) for n in (1, 3, 9)] == [1, 3, 4]
 
 
 def test_so_many_checkpoints_stay(tiny, tmp_path, monkeypatch):
@@ -216,8 +219,12 @@ def test_packed_is_padded(tiny, tmp_path):
     assert losses(runs[0], "grad_norm") == pytest.approx(losses(runs[2], "grad_norm"), rel=1e-3)
 
 
-def test_a_precomputed_reference_is_a_live_one(tiny, tmp_path):
+def test_a_precomputed_reference_is_a_live_one(tiny, tmp_path, monkeypatch):
+    from trl import DPOTrainer
+    ahead, compute = [], DPOTrainer._precompute_ref_logps
+    monkeypatch.setattr(DPOTrainer, "_precompute_ref_logps", lambda *a, **k: (ahead.append(1), compute(*a, **k))[1])
     a, b = (train(train_config(PREFERENCES | dict(method="dpo", reference=r, epochs=2.0)), tiny, pairs(), folder=tmp_path/r) for r in ("live", "precomputed"))
+    assert len(ahead) == 1  # only the second of the two
     assert losses(a) == pytest.approx(losses(b), abs=1e-5) and losses(a, "reward_margin") == pytest.approx(losses(b, "reward_margin"), abs=1e-4)
 
 
