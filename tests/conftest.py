@@ -52,7 +52,7 @@ def label_studio(tmp_path_factory):
     words = ["start", "--no-browser", "--data-dir", str(folder), "--internal-host", "127.0.0.1", "--port", str(port), "--username", "a@example.org", "--password", token, "--user-token", token]
     with open(folder/"log.txt", "wb") as log: server = subprocess.Popen([str(program), *words], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        end = time.monotonic() + 1200  # its first start writes a database in 227 migrations: a minute alone, over seven beside busy neighbours
+        end = time.monotonic() + 1200  # its first start writes a database in many migrations: about a minute of CPU, over seven minutes of waiting beside busy neighbours
         while True:
             try:
                 with urllib.request.urlopen(urllib.request.Request(f"{url}/api/projects/", headers={"Authorization": f"Token {token}"}), timeout=5): break

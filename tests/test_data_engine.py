@@ -231,6 +231,12 @@ def test_personal_data_do_not_leave_through_the_rejected_file(tmp_path):
     (tmp_path/"a.jsonl").write_text("\n".join(json.dumps({"instruction": "Who?", "output": f"<|im_end|> anna{i}@example.com"}) for i in range(5)))
     refine(tmp_path/"a.jsonl", tmp_path/"out", workers=1)
     assert "@example" not in (tmp_path/"out"/"rejected.jsonl").read_text() + (tmp_path/"out"/"report.html").read_text()
+    from aigc.cli.main import main
+    with open(tmp_path/"a.jsonl", "a") as f: f.write('\n{"instruction": "torn, write to anna@example.com')
+    try: main(["data", "report", str(tmp_path/"a.jsonl"), "--out", str(tmp_path/"report")])
+    except SystemExit as e: assert not e.code
+    pages = [p.read_text() for p in (tmp_path/"report").iterdir()]
+    assert len(pages) == 3 and all("not_json" in p and "@example" not in p for p in pages)
 
 
 # a cluster

@@ -237,11 +237,12 @@ def report_command(what: Data, out: Annotated[Path, typer.Option(help="the folde
     from aigc.data.engine import Facts, Recipe, Steps, _whole
     from aigc.data.hashing import count_tokens
     from aigc.data.minhash import whole_row
+    from aigc.data.personal import mask
     from aigc.data.report import report_html, report_markdown
     steps, facts, digest = Steps(Recipe()), Facts(), hashlib.sha256()
     for item in track(unique(stream(_where(what))), "reading"):
         facts.read += 1
-        if isinstance(item, Drop): facts.unreadable += 1; Facts._add(facts.reasons, item.reason); facts.examples.setdefault(item.reason, []).append([item.place, str(item.value)[:120], item.text[:160]]); continue
+        if isinstance(item, Drop): facts.unreadable += 1; Facts._add(facts.reasons, item.reason); facts.examples.setdefault(item.reason, []).append([item.place, mask(str(item.value))[0][:120], mask(item.text)[0][:160]]); continue
         digest.update(to_line(item).encode("utf-8", "replace"))
         done = steps(item); facts.see(item, done)
         if isinstance(done, Drop): Facts._add(facts.reasons, done.reason); continue
