@@ -63,6 +63,7 @@ def site():
     server.shutdown(); server.server_close()
 
 
+@pytest.mark.slow
 def test_collector_is_killed_and_fetches_only_the_rest(site, tmp_path):
     Slow.asked.clear()
     words = [sys.executable, "-m", "aigc", "data", "collect", f"{site}/big.jsonl", "--out", str(tmp_path/"raw"), "--rate", "100", "--allow-address", "127.0.0.1"]

@@ -74,6 +74,7 @@ def storm(engine, rounds: int, count: int):
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_hundreds_of_clients_half_of_whom_leave(folder, tiny, tokenizer):
     engine = process_engine(folder, name="tiny", dtype="float32", device="cpu", max_batch=16, max_waiting=1000, blocks=30)
     try:

@@ -105,6 +105,7 @@ def inside(container, name, code, *arguments, keys):
     return subprocess.run([python, "-c", code, str(site), *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_container_imports_becomes_ready_and_answers(container):
     secret, key = new_key("me")
     done = inside(container, "serves", INSIDE, secret, keys=[key])

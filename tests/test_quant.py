@@ -180,6 +180,7 @@ def job(store: Store, **parameters):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPO)
 
 
+@pytest.mark.slow
 def test_the_job_checks_that_the_fine_tune_survived(store, tiny):
     "A change of the whole model survives; one far below the grid's step does not, the run fails with a sentence, and the store keeps nothing."
     _, tokenizer = load_model("tiny", store=store)

@@ -278,6 +278,7 @@ run_job("sft", {parameters!r}, store=Store({store!r}))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on(tmp_path):
     from aigc.run.record import read_metrics, runs_folder
     from aigc.run.runner import run_job
