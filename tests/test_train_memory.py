@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("trl")
 
 MODELS = {  # hidden, layers, inner, vocabulary
-    "5M": (192, 6, 512, 8000), "30M": (384, 12, 1024, 16000), "70M": (512, 16, 1408, 32000), "135M": (576, 30, 1536, 49152), "wide": (768, 4, 2560, 12000), "deep": (320, 36, 896, 24000), "large head": (384, 8, 1152, 96000)}
+    "5M": (192, 6, 512, 8000), "30M": (384, 12, 1024, 16000), "70M": (512, 16, 1408, 32000), "135M": (576, 30, 1536, 49152), "wide": (768, 4, 2560, 12000), "deep": (320, 36, 896, 24000), "large head": (512, 8, 1152, 96000)}
 CASES = [("5M", {}, 8, 256), ("30M", {}, 8, 256), ("30M", dict(lora_rank=0), 4, 256), ("70M", dict(activation_checkpointing=True), 8, 448), ("70M", dict(lora_rank=0, optimizer="sgd"), 2, 128),
          ("135M", {}, 4, 256), ("135M", dict(adapter="dora"), 2, 256), ("135M", dict(lora_rank=0), 2, 256)]
 UNSEEN = [("wide", {}, 8, 256), ("deep", {}, 4, 320), ("wide", dict(lora_rank=0), 4, 192), ("large head", {}, 4, 256), ("deep", dict(activation_checkpointing=True), 8, 256)]  # nothing was fitted on these

@@ -55,7 +55,7 @@ def credit_code(text: str) -> bool:
     return letters[(31 - total % 31) % 31] == text[17]
 
 # %% ../../nbs/data/52_personal.ipynb #de937b58
-_PHONE = re.compile(r"(?<![\w.+/=#$€£¥-])(?:\+|00)?(?:\(\+?\d{1,4}\)|\d{1,5})(?:[ .\-/]{0,2}(?:\(0?\d{0,4}\)|\d{1,10})){0,6}(?:\s?(?:x|ext\.?|分机)\s?\d{1,6})?(?![\w/=%]|\.\d|-(?!(?i:office|fax|mobile|home|work|cell)))", re.A)
+_PHONE = re.compile(r"(?<![\w.+/=#$€£¥-])(?:\+|00)?(?:\(\+?\d{1,4}\)|\d{1,5}+)(?:[ .\-/]{0,2}(?:\(0?\d{0,4}\)|\d{1,10}+)){0,6}(?:\s?(?:x|ext\.?|分机)\s?\d{1,6})?(?![\w/=%]|\.\d|-(?!(?i:office|fax|mobile|home|work|cell)))", re.A)
 _DATE = re.compile(r"(?:19|20)\d\d[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)?\d\d")
 _NEAR = re.compile(r"(?i)(phone|tel|fax|call|mobile|cell|whats ?app|contact|number|dial|sms|text me|电话|手机|热线|联系|致电|拨打|传真)\W{0,6}(\w+\W+){0,5}$")
 _AFTER = re.compile(r"(?i)[\W_]{0,2}(office|fax|mobile|home|work|cell|phone|tel|手机|电话)\b")
