@@ -183,7 +183,7 @@ def test_a_rerun_after_sigkill_resumes(lab):
     first = only_run(lab)
     until(lambda: not run_processes(first.id), 4.0, "the end of all processes")
     second = run_job(job, store=Store(lab/"store"))
-    assert (second.status, read_record(runs_folder(Store(lab/"store"))/first.id).status) == ("succeeded", "killed")
+    assert (second.status, read_record(runs_folder(Store(lab/"store"))/first.id).status) == ("succeeded", "killed"), second.error
     assert second.metrics["begin"] >= 4 and second.metrics["end"] == second.metrics["begin"] + 25
     assert not list((lab/"store"/"scratch").iterdir())  # the checkpoints of a finished run are gone
     other = run_job(job, {"steps": 5}, store=Store(lab/"store"))

@@ -212,7 +212,7 @@ PAIRS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}, thank you.", "reject
 TEXTS = [{"text": f"The river number {i} rises in the mountains and reaches the sea after {i} hundred kilometres."} for i in range(16)]
 
 
-@pytest.mark.parametrize("method, rows, measure", [("reward", PAIRS, "pairs ranked right"), ("pretrain", TEXTS, "log-likelihood a token"), ("dpo", PAIRS, "chosen likelier")])
+@pytest.mark.parametrize("method, rows, measure", [("reward", PAIRS, "pairs ranked right"), ("pretrain", TEXTS, "log-likelihood a token"), ("dpo", PAIRS, "chosen over rejected")])
 def test_each_method_is_measured_by_what_it_promises(method, rows, measure, tmp_path, monkeypatch):
     from typer.testing import CliRunner
     from aigc.cli.train import train_app
