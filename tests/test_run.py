@@ -87,7 +87,7 @@ def only_run(lab: Path) -> RunRecord: return list_runs(Store(lab/"store"))[0]
 # A job that counts, keeps its count in a checkpoint, and has a family: a child of the kernel, and one in a session of its own.
 COUNTING = ("checkpoint = run.folder/'count'\nbegin = int(checkpoint.read_text()) if checkpoint.exists() else 0\nrun.log(begin=begin)",
             "family = [subprocess.Popen(['sleep', '300']), subprocess.Popen(['sleep', '300'], start_new_session=True)]",
-            "for n in range(begin, begin + steps):\n    checkpoint.write_text(str(n + 1)); time.sleep(0.05)\n    if n == begin + 3: pathlib.Path(os.environ.get('MARK', os.devnull)).write_text(str(os.getpid()))",
+            "for n in range(begin, begin + steps):\n    (part := run.folder/'count.new').write_text(str(n + 1)); part.replace(checkpoint); time.sleep(0.05)\n    if n == begin + 3: pathlib.Path(os.environ.get('MARK', os.devnull)).write_text(str(os.getpid()))",
             "[p.kill() for p in family]\nrun.log(end=n + 1)")
 
 
