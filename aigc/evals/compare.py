@@ -18,7 +18,7 @@ from .drift import Drift, answer_sequences, drift
 from .measure import conditions, decode_speed, evaluate_model, fitting, load, measurement_key, read_items, weight_bytes
 from .report import EvalReport, Subject, make_report
 from ..models.generate import load_generator
-from ..models.sources import adapter_base, load_model, load_tokenizer, model_path, model_ref
+from ..models.sources import adapter_base, auto_device, load_model, load_tokenizer, model_path, model_ref
 
 # %% ../../nbs/evals/08_compare.ipynb #94173876
 def label_models(models: Sequence[str], names: Sequence[str] = (), source: str = "", store: Store | None = None) -> tuple[dict[str, str], str]:
@@ -72,7 +72,7 @@ def _has(data: str, split: str, store: Store) -> bool:
 
 
 def _measure(label: str, ref: str, questions: dict[str, list], folder: Path, key: str, max_tokens: int, batch_size: int, speed_prompts: int, store: Store) -> Subject:
-    "Everything there is to know of one model; answers go to `items.jsonl`, the rest to `subjects.jsonl`."
+    "Everything there is to know of one model; answers go to `items.jsonl`, the rest to `subjects.jsonl`. Decoding is timed in the checkpoint's own number type, whatever the answers were computed in."
     known, out = folder/"subjects.jsonl", folder/"items.jsonl"
     done = {s.label: s for k, s in _subjects(known) if k == key}
     asked = {(i.split, i.id) for i in read_items(out) if (i.key, i.model) == (key, label)}
@@ -82,7 +82,7 @@ def _measure(label: str, ref: str, questions: dict[str, list], folder: Path, key
     generator.name, model, tokenizer = label, generator.model, generator.tokenizer
     for split, records in questions.items(): evaluate_model(generator, records, out=out, key=key, label=label, split=split, max_tokens=max_tokens, batch_size=batch_size)
     prompts = [ids[:start] for ids, start in answer_sequences(tokenizer, next(iter(questions.values()))[:speed_prompts])] if speed_prompts else []
-    subject = Subject(label=label, ref=ref, bytes=sum(map(weight_bytes, _folders(ref, store))), decode=decode_speed(model, prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
+    subject = Subject(label=label, ref=ref, bytes=sum(map(weight_bytes, _folders(ref, store))), decode=decode_speed(model if multiplies_bf16(model.device) else load_model(ref, store=store)[0], prompts) if len(prompts) > 1 else None, load=max(before or 0, load() or 0) or None)
     with open(known, "a", encoding="utf-8") as f: f.write(f"{key} {subject.model_dump_json()}\n")
     return subject
 
@@ -93,7 +93,7 @@ def _subjects(path: Path) -> list[tuple[str, Subject]]:
 
 # %% ../../nbs/evals/08_compare.ipynb #2abdf3c7
 def _wide(model, tokenizer):
-    "In fp32 where the processor cannot multiply bf16 (it takes some eight times as long there); the weights are the same numbers."
+    "In fp32 where the processor does not multiply bf16; the weights are the same numbers."
     if multiplies_bf16(model.device): return model, tokenizer
     if getattr(model, "hf_quantizer", None) is not None: model.dequantize()
     return model.float(), tokenizer
@@ -120,7 +120,7 @@ def compare_models(models: dict[str, str], data: str, *, folder: str | Path, sou
     questions, too_long = _questions(data, split, new_split, limit, seed, max_tokens, models[labels[0]], store)
     subjects, keys = [], {}
     for label, name in models.items():
-        key = keys[label] = measurement_key(model=name, data=ref, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed, speed_prompts=speed_prompts)
+        key = keys[label] = measurement_key(model=name, data=ref, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed, speed_prompts=speed_prompts, own_dtype=multiplies_bf16(auto_device()))
         subjects.append(_measure(label, name, questions, folder, key, max_tokens, batch_size, speed_prompts, store))
         gc.collect()  # a model holds circles of references: its memory must be free before the next one comes
     items = [i for i in read_items(folder/"items.jsonl") if i.key == keys.get(i.model)]

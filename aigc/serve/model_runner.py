@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..core.errors import UsageError
+from aigc_kernels.ops import multiplies_bf16, w4_layout, w4a16_mm, w8_layout, w8a16_mm
 from .native import NativeStep, Packed, packed, packed_4, packed_8
 
 # %% ../../nbs/serve/23_model_runner.ipynb #07d75f27
@@ -181,7 +182,7 @@ AttentionInterface.register("aigc_paged", _aigc_paged)
 # %% ../../nbs/serve/23_model_runner.ipynb #a2e3f20c
 def _dense(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     if native := packed(weight, bias): return native
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and multiplies_bf16(weight.device)):
         laid, product = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8), torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, laid, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
@@ -192,7 +193,6 @@ def projection(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     biases = [m.bias for m in layers]
     bias = torch.cat([b if b is not None else b0.new_zeros(m.out_features) for b, m in zip(biases, layers)]) if (b0 := next((b for b in biases if b is not None), None)) is not None else None
     if all(isinstance(m, nn.Linear) for m in layers): return _dense(torch.cat([m.weight for m in layers]), bias)
-    from aigc_kernels.ops import w4_layout, w4a16_mm, w8_layout, w8a16_mm
     kinds = {(type(m).__name__, getattr(m, "bits", 0), getattr(m, "group_size", 0)) for m in layers}
     if len(kinds) > 1 or not hasattr(layers[0], "quant_tensor"): raise TypeError(f"layers of several kinds: {kinds}")
     parts, bits, group = [m.quant_tensor() for m in layers], layers[0].bits, layers[0].group_size

@@ -50,7 +50,7 @@ def _verdict(metric: str, a: Sequence[float], b: Sequence[float], neutral: tuple
 
 # %% ../../nbs/train/81_heldout.ipynb #d0f336b9
 def pair_margins(before: str, after: str, records: Sequence[Record], *, limit: int = 0, store: Store | None = None) -> Verdict:
-    "By how many nats the chosen answer of a held-out pair, as a whole, is likelier than the rejected one. What it grows by is DPO's own margin over beta; the rank of most pairs is decided by their lengths and does not move."
+    "By how many nats the chosen answer of a held-out pair, as a whole, is likelier than the rejected one. What it grows by is DPO's own margin over beta."
     kept = [r for r in records if r.chosen is not None][:limit or None]
     asked = [([m.as_dict() for m in r.prompt], [m.as_dict() for m in side]) for r in kept for side in (r.chosen, r.rejected)]
     def score(model, tokenizer): return [sum(x) for x in answer_logprobs(model, tokenizer, asked)]

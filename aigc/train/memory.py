@@ -17,6 +17,7 @@ import torch
 
 from ..core.errors import AigcError
 from ..models.sources import auto_device, model_path
+from aigc_kernels.ops import multiplies_bf16
 from .config import TrainConfig, has_bf16
 
 # %% ../../nbs/train/15_memory.ipynb #280726ff
@@ -151,7 +152,7 @@ def estimate_memory(shape: Shape, config: TrainConfig, *, rows: int | None = Non
     if bf16:
         copies = 2*sum(i*o for _, i, o in shape.linears)*(0 if config.activation_checkpointing or (device == "cuda" and config.lora_rank) or shape.quantized else 1)
         if copies: parts["bf16 copies of the weights"] = (0.5*copies, copies, 1.3*copies)
-    if shape.quantized and device == "cpu": parts["dequantized layer"] = (0, 2*max(i*o for _, i, o in shape.linears), 4*max(i*o for _, i, o in shape.linears))
+    if shape.quantized and device == "cpu": parts["dequantized layer"] = tuple(n*max(i*o for _, i, o in shape.linears) for n in (0, 2 if multiplies_bf16("cpu") else 6, 6))  # bf16, and fp32 beside it where bf16 is not multiplied
     parts["activations"] = activation_bytes(shape, config, rows, longest, bf16=bf16)
     positions = rows*longest*(2 if config.method in ("dpo", "reward") else 1)
     parts["head"] = head_bytes(shape, positions if learned is None else min(learned, positions), device=device, bf16=bf16)

@@ -25,7 +25,7 @@ def _triton_runs_on(device: torch.device) -> bool:
 
 
 def multiplies_bf16(device: torch.device | str) -> bool:
-    "Whether products in bf16 are worth it on this device: a processor without AVX-512 takes some five times as long for them as for fp32."
+    "Whether products in bf16 are worth it on this device: a processor without AVX-512 takes several times as long for them as for fp32."
     return torch.device(device).type != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
