@@ -269,3 +269,19 @@ def test_a_ray_cluster_of_three_nodes_gives_the_local_bytes_though_a_node_dies(t
 def test_a_record_may_be_a_document(tmp_path):
     r = Record(id="1", text="It rains.")
     assert (r.ask, r.answer) == ("", "It rains.")
+
+
+@pytest.mark.slow
+def test_presidio_takes_out_names_and_places(sample):
+    "What the personal-data notebook says of Presidio, counted again; `AIGC_SPACY` names the installed pipeline (default `en_core_web_sm`)."
+    from aigc.data.personal import mask, presidio
+    try: finder = presidio(os.environ.get("AIGC_SPACY", "en_core_web_sm"))
+    except AigcError as e: missing(str(e))
+    seen, gone, alone = Counter(), Counter(), Counter()
+    for row in json.loads(sample("pii/presidio_synth_dataset_v2.json").read_text())[:400]:
+        text = row["full_text"]
+        spans = [(s["entity_type"], s["entity_value"]) for s in row["spans"] if s["entity_type"] in ("PERSON", "GPE") and len(s["entity_value"]) >= 4 and text.count(s["entity_value"]) == 1]
+        with_names, without = mask(text, more=finder)[0], mask(text)[0]
+        for kind, value in spans: seen[kind] += 1; gone[kind] += value not in with_names; alone[kind] += value not in without
+    print({k: f"{gone[k]} of {n} with, {alone[k]} without" for k, n in seen.items()})
+    assert all(gone[k] > 0.4*n and not alone[k] for k, n in seen.items()) and len(seen) == 2
